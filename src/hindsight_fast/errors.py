@@ -1,15 +1,121 @@
 """Every exception of the package.
 
     HindsightError
-    ├── EventEncodeError         an event cannot be stored as it is
     ├── EventParseError          stored bytes cannot be read as the event they claim to be
-    ├── SchemaError              the tables are missing, newer than this code, or in a state that forbids the call
-    ├── ImportFailed             an import stopped; what precedes the reported line is stored, nothing after it
-    ├── ServerNotFound           no PostgreSQL binaries for an embedded server
-    └── StoreClosed              the store was used before open() or after close()
+    ├── MalformedRow             bytes that are no event row (also a ValueError)
+    ├── SchemaError              tables missing, newer than this code, or in a state that forbids the call
+    ├── ImportFailed             an import stopped; all before the reported line's chunk is stored, nothing after it
+    ├── EmbeddedServerError      a private PostgreSQL server could not be found, made or started
+    └── StoreClosed              a store was used before open() or after close()
 
 Wrong use (a negative version, a naive datetime) is a plain ``TypeError`` or ``ValueError``, raised before any I/O.
-Errors carry facts as attributes and survive pickling.
+Errors carry facts as attributes, not just a sentence, and survive pickling.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from datetime import datetime
+    from uuid import UUID
+
+    from ._core import Cursor
+
+
+class HindsightError(Exception):
+    """Root of every error that this package raises of its own."""
+
+    def __reduce__(self) -> tuple[Callable[..., HindsightError], tuple[Any, ...], dict[str, Any]]:
+        # The default calls ``type(self)(*args)``, which fails for every class whose constructor takes facts by keyword.
+        return _restore, (type(self), self.args), self.__dict__.copy()
+
+
+def _restore(error_type: type[HindsightError], args: tuple[Any, ...]) -> HindsightError:
+    error = error_type.__new__(error_type, *args)
+    error.args = args
+    return error
+
+
+class StoreClosed(HindsightError):
+    """The store has not been opened, or was closed."""
+
+
+class SchemaError(HindsightError):
+    """The schema is missing, has another layout than this code knows, or is in a state that forbids the call.
+
+    ``schema`` is its name; ``found_layout`` the layout version found, None where there is none.
+    """
+
+    def __init__(self, message: str, *, schema: str, found_layout: int | None = None) -> None:
+        super().__init__(message)
+        self.schema = schema
+        self.found_layout = found_layout
+
+
+class EmbeddedServerError(HindsightError):
+    """A private PostgreSQL server could not be found, made, started or stopped; the message says what to do."""
+
+
+class MalformedRow(HindsightError, ValueError):
+    """Bytes that should be an event row are truncated, oversized or otherwise not what they claim."""
+
+
+class EventParseError(HindsightError):
+    """A stored payload cannot be decoded; carries the attributes of its event and the ``reason``."""
+
+    def __init__(
+        self,
+        reason: str,
+        *,
+        cursor: Cursor,
+        event_id: UUID,
+        name: str,
+        version: int,
+        stream_id: UUID,
+        stream_version: int,
+        correlation_id: UUID | None,
+        created_at: datetime,
+    ) -> None:
+        super().__init__(
+            f"event {event_id} at {cursor} ({name!r} version {version}, number {stream_version} of stream {stream_id})"
+            f" cannot be decoded: {reason}"
+        )
+        self.reason = reason
+        self.cursor = cursor
+        self.event_id = event_id
+        self.name = name
+        self.version = version
+        self.stream_id = stream_id
+        self.stream_version = stream_version
+        self.correlation_id = correlation_id
+        self.created_at = created_at
+
+
+class ImportFailed(HindsightError):
+    """An import stopped at a line; chunks before it are stored with their checkpoint, its own chunk is not.
+
+    ``source`` names the file, ``line_no`` counts from 1 (None where no single line is to blame), ``byte_offset`` is
+    where that line begins in the (decompressed) source. Mend the cause and import again under the same ``import_id``:
+    it goes on behind the last stored chunk, whose end is ``stored_lines``.
+    """
+
+    def __init__(
+        self,
+        reason: str,
+        *,
+        import_id: str,
+        source: str,
+        line_no: int | None = None,
+        byte_offset: int | None = None,
+        stored_lines: int = 0,
+    ) -> None:
+        place = source if line_no is None else f"{source}, line {line_no}"
+        super().__init__(f"{place}: {reason}")
+        self.reason = reason
+        self.import_id = import_id
+        self.source = source
+        self.line_no = line_no
+        self.byte_offset = byte_offset
+        self.stored_lines = stored_lines
