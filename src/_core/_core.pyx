@@ -1,0 +1,40 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
+# cython: auto_pickle=False, autotestdict=False
+"""The compiled core: bytes and Python objects in, bytes and Python objects out; no I/O, no psycopg, no network.
+
+The parts, in reading order: what a position is, how bytes are read and written, rows going in, rows coming out.
+Their plain Python twins are the oracle of the tests and are not shipped.
+"""
+
+cimport cython
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
+from cpython.object cimport Py_EQ, Py_GE, Py_GT, Py_LE, Py_LT, Py_NE, PyTypeObject
+from cpython.unicode cimport PyUnicode_DecodeUTF8
+from libc.stdint cimport int16_t, int32_t, int64_t, uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.string cimport memchr, memcmp, memcpy
+
+from datetime import datetime, timedelta, timezone
+from types import GenericAlias
+from uuid import UUID, SafeUUID
+
+from msgspec.json import Decoder as JsonDecoder
+
+from hindsight_fast.errors import MalformedRow
+
+__all__ = [
+    "COPY_HEADER",
+    "COPY_TRAILER",
+    "EVENT_COLUMNS",
+    "Cursor",
+    "EventRows",
+    "RecordedEvent",
+    "ResultReader",
+    "decode_result",
+    "decode_row",
+]
+
+include "cursor.pxi"
+include "wire.pxi"
+include "encode_rows.pxi"
+include "decode_rows.pxi"

@@ -1,0 +1,328 @@
+# Events -> the rows of COPY ... FROM STDIN (FORMAT BINARY).
+#
+# A row is encoded before anything is locked; its place in the log (transaction_no, sequence_no, stream_version) and,
+# where the event has none, its time are patched in once the server has given them. The columns that are patched stand
+# first and have a fixed width, so their offsets are constants.
+
+cdef enum:
+    COLUMN_COUNT = 11
+    # offsets of the values, each behind the int32 that holds its length; the row begins with an int16 column count
+    AT_TRANSACTION_NO = 6
+    AT_SEQUENCE_NO = 18
+    AT_EVENT_ID = 26
+    AT_STREAM_ID = 46
+    AT_STREAM_VERSION = 66
+    AT_CREATED_AT = 78
+    AT_EVENT_VERSION = 90
+    FIXED_SIZE = 94
+    UUID_OID = 2950
+    INT8_OID = 20
+
+EVENT_COLUMNS = (
+    "transaction_no", "sequence_no", "event_id", "stream_id", "stream_version", "created_at", "event_version",
+    "correlation_id", "event_name", "payload", "metadata",
+)  # fmt: skip
+
+COPY_HEADER = b"PGCOPY\n\xff\r\n\x00" + bytes(8)  # no flags, no header extension
+COPY_TRAILER = b"\xff\xff"
+
+# PostgreSQL keeps a field below 1 GiB, and a row's tuple as well.
+cdef Py_ssize_t MAX_ROW_BYTES = 0x3FFFFF00
+
+cdef object EPOCH = datetime(2000, 1, 1, tzinfo=timezone.utc)  # where PostgreSQL's microseconds count from
+cdef object timedelta_days = timedelta.days.__get__
+cdef object timedelta_seconds = timedelta.seconds.__get__
+cdef object timedelta_microseconds = timedelta.microseconds.__get__
+
+
+cdef int64_t to_microseconds(object moment) except? -1:
+    """Microseconds since 2000-01-01 UTC. Raises TypeError, or ValueError for a naive datetime."""
+    if not isinstance(moment, datetime):
+        raise TypeError(f"created_at must be a datetime, not {type(moment).__name__}")
+    if moment.utcoffset() is None:
+        raise ValueError(f"created_at must carry a time zone: {moment.isoformat()} does not")
+    since = moment - EPOCH
+    return (
+        <int64_t>timedelta_days(since) * 86_400_000_000 + <int64_t>timedelta_seconds(since) * 1_000_000
+        + <int64_t>timedelta_microseconds(since)
+    )
+
+
+cdef struct RowMark:
+    int64_t offset       # of the row in the buffer
+    int32_t stream       # index of its stream, in the order of first appearance
+    int32_t nth          # which of the chunk's events to that stream it is, from 0
+    bint undated         # takes the server's time
+
+
+@cython.final
+cdef class EventRows:
+    """Events encoded as rows of a binary COPY, in the order in which they were added, their place still open.
+
+    Use: ``add`` each event; ``stream_arrays`` for the call that locks and advances the streams' heads; ``place`` with
+    what that call returned (again, if the transaction has to be repeated); send ``blocks``.
+    """
+
+    cdef Sink rows
+    cdef Sink marks
+    cdef dict streams        # stream id (16 bytes) -> index
+    cdef Sink event_counts   # int32 each, by stream index
+    cdef int32_t row_count_
+    cdef bint placed
+
+    def __cinit__(self):
+        self.clear()
+
+    def clear(self):
+        """Forget all rows; the memory they took is given back."""
+        self.rows = Sink()
+        self.marks = Sink()
+        self.event_counts = Sink()
+        self.streams = {}
+        self.row_count_ = 0
+        self.placed = False
+
+    def __len__(self):
+        return self.row_count_
+
+    @property
+    def byte_count(self):
+        """Size of the encoded rows in bytes, without the header and trailer of the COPY."""
+        return self.rows.size
+
+    @property
+    def stream_count(self):
+        """How many distinct streams the rows belong to."""
+        return len(self.streams)
+
+    def add(
+        self, bytes event_id not None, bytes stream_id not None, str event_name not None, int event_version,
+        const unsigned char[::1] payload not None, created_at=None, bytes correlation_id=None,
+        const unsigned char[::1] metadata=None,
+    ):
+        """Encode one event behind the others.
+
+        *event_id*, *stream_id* and *correlation_id* are 16 bytes each, *payload* and *metadata* JSON as bytes (any
+        contiguous buffer), *created_at* an aware datetime or None for the time that ``place`` gives. A call that
+        raises (ValueError, TypeError, OverflowError) leaves the rows as they were.
+        """
+        cdef Py_ssize_t name_size = 0
+        cdef const char *name
+        cdef bint undated = created_at is None
+        cdef int64_t moment = 0
+        cdef int32_t version, stream, nth = 0
+        cdef Py_ssize_t size
+        cdef unsigned char *at
+        cdef int32_t *count
+        cdef RowMark *mark
+        cdef bint new_stream = False
+
+        # Everything that can fail for what it was given comes before the first byte is written.
+        if PyBytes_GET_SIZE(event_id) != 16 or PyBytes_GET_SIZE(stream_id) != 16:
+            raise ValueError("event_id and stream_id are 16 bytes each")
+        if correlation_id is not None and PyBytes_GET_SIZE(correlation_id) != 16:
+            raise ValueError("correlation_id is 16 bytes")
+        if not 0 <= event_version <= 0x7FFFFFFF:
+            raise ValueError(f"event version must lie between 0 and {0x7FFFFFFF}, not {event_version}")
+        version = event_version
+        try:
+            name = PyUnicode_AsUTF8AndSize(event_name, &name_size)
+        except UnicodeEncodeError as error:
+            raise ValueError(f"event name {event_name!r} holds a lone surrogate") from error
+        if name_size == 0:
+            raise ValueError("event name is empty")
+        if memchr(name, 0, name_size) is not NULL:
+            raise ValueError(f"event name {event_name!r} holds a NUL character, which PostgreSQL cannot store")
+        if not undated:
+            moment = to_microseconds(created_at)
+        if self.row_count_ == 0x7FFFFFFF:
+            raise OverflowError("more rows than one transaction can number")
+        # Checked one by one: their sum could wrap.
+        if (
+            name_size > MAX_ROW_BYTES or payload.shape[0] > MAX_ROW_BYTES
+            or (metadata is not None and metadata.shape[0] > MAX_ROW_BYTES)
+        ):
+            raise ValueError("an event must stay below 1 GiB")
+        size = FIXED_SIZE + 4 + (16 if correlation_id is not None else 0) + 4 + name_size + 4 + payload.shape[0] + 4
+        if metadata is not None:
+            size += metadata.shape[0]
+        if size > MAX_ROW_BYTES:
+            raise ValueError(f"an event must stay below 1 GiB; this one takes {size} bytes")
+
+        known = self.streams.get(stream_id)
+        if known is None:
+            stream = <int32_t>len(self.streams)
+            new_stream = True
+        else:
+            stream = known
+        # Room first, in all three buffers; sizes are put back if one of them cannot grow.
+        cdef Py_ssize_t rows_size = self.rows.size
+        cdef Py_ssize_t marks_size = self.marks.size
+        cdef Py_ssize_t counts_size = self.event_counts.size
+        try:
+            mark = <RowMark *>self.marks.reserve(sizeof(RowMark))
+            if new_stream:
+                count = <int32_t *>self.event_counts.reserve(sizeof(int32_t))
+                count[0] = 0
+                self.streams[stream_id] = stream
+            else:
+                count = self.count_of(stream)
+            at = self.rows.reserve(size)
+        except BaseException:
+            self.rows.size = rows_size
+            self.marks.size = marks_size
+            self.event_counts.size = counts_size
+            if new_stream:
+                self.streams.pop(stream_id, None)
+            raise
+
+        mark.offset = rows_size
+        mark.stream = stream
+        mark.nth = count[0]
+        mark.undated = undated
+        count[0] += 1
+
+        write_int16(at, COLUMN_COUNT)
+        write_int32(at + AT_TRANSACTION_NO - 4, 8)
+        write_int64(at + AT_TRANSACTION_NO, 0)
+        write_int32(at + AT_SEQUENCE_NO - 4, 4)
+        write_int32(at + AT_SEQUENCE_NO, self.row_count_)
+        write_int32(at + AT_EVENT_ID - 4, 16)
+        memcpy(at + AT_EVENT_ID, PyBytes_AS_STRING(event_id), 16)
+        write_int32(at + AT_STREAM_ID - 4, 16)
+        memcpy(at + AT_STREAM_ID, PyBytes_AS_STRING(stream_id), 16)
+        write_int32(at + AT_STREAM_VERSION - 4, 8)
+        write_int64(at + AT_STREAM_VERSION, 0)
+        write_int32(at + AT_CREATED_AT - 4, 8)
+        write_int64(at + AT_CREATED_AT, moment)
+        write_int32(at + AT_EVENT_VERSION - 4, 4)
+        write_int32(at + AT_EVENT_VERSION, version)
+        at += FIXED_SIZE
+        if correlation_id is None:
+            write_int32(at, -1)
+            at += 4
+        else:
+            write_int32(at, 16)
+            memcpy(at + 4, PyBytes_AS_STRING(correlation_id), 16)
+            at += 20
+        write_int32(at, <int32_t>name_size)
+        memcpy(at + 4, name, name_size)
+        at += 4 + name_size
+        write_int32(at, <int32_t>payload.shape[0])
+        if payload.shape[0]:
+            memcpy(at + 4, &payload[0], payload.shape[0])
+        at += 4 + payload.shape[0]
+        if metadata is None:
+            write_int32(at, -1)
+        else:
+            write_int32(at, <int32_t>metadata.shape[0])
+            if metadata.shape[0]:
+                memcpy(at + 4, &metadata[0], metadata.shape[0])
+        self.row_count_ += 1
+        self.placed = False
+
+    def stream_arrays(self):
+        """Return ``(uuid[], bigint[])`` in binary form: the distinct streams in byte order, and the events for each.
+
+        Byte order is what every append locks in, and what keeps them from deadlocking.
+        """
+        cdef Py_ssize_t i
+        cdef list in_order = sorted(self.streams)
+        cdef Py_ssize_t stream_count = len(in_order)
+        cdef Sink ids = Sink(), counts = Sink()
+        cdef const int32_t *event_count
+        cdef bytes stream_id
+        for i in range(stream_count):
+            stream_id = in_order[i]
+            memcpy(ids.reserve(16), PyBytes_AS_STRING(stream_id), 16)
+            event_count = self.count_of(self.streams[stream_id])
+            write_int64(counts.reserve(8), event_count[0])
+        return encode_array(UUID_OID, stream_count, ids.start, 16), encode_array(INT8_OID, stream_count, counts.start, 8)
+
+    def place(self, transaction_no, const unsigned char[::1] head_versions not None, now not None):
+        """Give every row its place in the log: what the server answered to ``stream_arrays``.
+
+        *head_versions* is a binary bigint[]: each stream's version after these events, in the order of
+        ``stream_arrays``; *now* the time of the rows that were added without one. May be repeated with other numbers.
+        Raises MalformedRow for an array that is not what it should be, ValueError for a version too low to hold the
+        rows, TypeError or ValueError for the rest; the rows then cannot be sent before another call succeeds.
+        """
+        cdef int64_t number, moment = to_microseconds(now)
+        cdef Py_ssize_t i, stream_count = len(self.streams)
+        cdef Source source
+        cdef list in_order
+        cdef Sink first_versions = Sink()
+        cdef int64_t head, first
+        cdef int32_t stream
+        cdef RowMark *mark
+        check_part(transaction_no, MAX_TRANSACTION_NO, "transaction_no")
+        number = transaction_no
+        self.placed = False
+        if stream_count == 0:
+            raise ValueError("there are no rows to place")
+        if head_versions.shape[0] != 20 + 12 * stream_count:
+            raise MalformedRow(
+                f"bigint[] of {stream_count} versions must take {20 + 12 * stream_count} bytes,"
+                f" not {head_versions.shape[0]}"
+            )
+        source.at = &head_versions[0]
+        source.end = source.at + head_versions.shape[0]
+        if (
+            read_int32(take(&source, 4)) != 1 or read_int32(take(&source, 4)) != 0
+            or read_int32(take(&source, 4)) != INT8_OID or read_int32(take(&source, 4)) != stream_count
+        ):
+            raise MalformedRow("not a one-dimensional bigint[] without NULLs of the expected length")
+        take(&source, 4)  # lower bound: any
+        first_versions.reserve(8 * stream_count)
+        in_order = sorted(self.streams)
+        for i in range(stream_count):
+            if read_int32(take(&source, 4)) != 8:
+                raise MalformedRow("a bigint takes 8 bytes")
+            head = read_int64(take(&source, 8))
+            stream = self.streams[in_order[i]]
+            first = head - self.count_of(stream)[0] + 1
+            if first < 0 or head < 0:
+                raise ValueError(f"head version {head} is below the number of events of its stream")
+            (<int64_t *>first_versions.place(8 * stream, 8))[0] = first
+        for i in range(self.row_count_):
+            mark = <RowMark *>self.marks.place(i * <Py_ssize_t>sizeof(RowMark), sizeof(RowMark))
+            first = (<int64_t *>first_versions.place(8 * mark.stream, 8))[0]
+            write_int64(self.rows.place(mark.offset + AT_TRANSACTION_NO, 8), number)
+            write_int64(self.rows.place(mark.offset + AT_STREAM_VERSION, 8), first + mark.nth)
+            if mark.undated:
+                write_int64(self.rows.place(mark.offset + AT_CREATED_AT, 8), moment)
+        self.placed = True
+
+    def blocks(self, Py_ssize_t block_size=128 * 1024):
+        """Yield the whole COPY stream, header and trailer included, as bytes of about *block_size*.
+
+        Raises ValueError before the rows were placed, RuntimeError if they change while they are being sent.
+        """
+        cdef Py_ssize_t offset = 0, size, total = self.rows.size
+        if block_size <= 0:
+            raise ValueError("block_size must be positive")
+        yield COPY_HEADER
+        while True:
+            if not self.placed:
+                raise ValueError("rows are sent only after place()")
+            if self.rows.size != total:
+                raise RuntimeError("rows changed while they were being sent")
+            size = min(block_size, total - offset)
+            if size == 0:
+                break
+            yield PyBytes_FromStringAndSize(<const char *>self.rows.place(offset, size), size)
+            offset += size
+        yield COPY_TRAILER
+
+    def row(self, Py_ssize_t index):
+        """Return the bytes of one row. Raises IndexError."""
+        if not 0 <= index < self.row_count_:
+            raise IndexError(index)
+        cdef Py_ssize_t start = (<RowMark *>self.marks.place(index * sizeof(RowMark), sizeof(RowMark))).offset
+        cdef Py_ssize_t end = self.rows.size
+        if index + 1 < self.row_count_:
+            end = (<RowMark *>self.marks.place((index + 1) * sizeof(RowMark), sizeof(RowMark))).offset
+        return PyBytes_FromStringAndSize(<const char *>self.rows.place(start, end - start), end - start)
+
+    cdef int32_t *count_of(self, int32_t stream) except NULL:
+        return <int32_t *>self.event_counts.place(stream * <Py_ssize_t>sizeof(int32_t), sizeof(int32_t))
