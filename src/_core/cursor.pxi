@@ -99,7 +99,7 @@ cdef class Cursor:
     def from_dict(parts):
         """Make a cursor of what ``to_dict`` returned. Raises ValueError for missing or surplus keys."""
         if set(parts) != {"transaction_no", "sequence_no"}:
-            raise ValueError(f"a cursor has the keys transaction_no and sequence_no, not {sorted(parts)}")
+            raise ValueError(f"a cursor has the keys transaction_no and sequence_no, not {sorted(map(str, parts))}")
         return Cursor(parts["transaction_no"], parts["sequence_no"])
 
 

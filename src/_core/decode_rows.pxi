@@ -35,8 +35,11 @@ cdef class ResultReader:
     cdef Libpq pq
     cdef readonly str library
 
-    def __init__(self, str library not None):
-        cdef bytes path = library.encode()
+    # Not __init__: a reader that skipped it would call functions at NULL.
+    def __cinit__(self, str library not None):
+        cdef bytes path = fsencode(library)
+        if b"\0" in path:
+            raise ValueError(f"embedded null byte in {library!r}")
         # NOLOAD: a second copy of libpq would have its own idea of a result's layout.
         cdef void *handle = dlopen(path, RTLD_LAZY | RTLD_NOLOAD)
         if handle is NULL:

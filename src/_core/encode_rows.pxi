@@ -29,22 +29,33 @@ COPY_TRAILER = b"\xff\xff"
 # PostgreSQL keeps a field below 1 GiB, and a row's tuple as well.
 cdef Py_ssize_t MAX_ROW_BYTES = 0x3FFFFF00
 
+cdef object MAX_EVENT_VERSION = 2**31 - 1
+
 cdef object EPOCH = datetime(2000, 1, 1, tzinfo=timezone.utc)  # where PostgreSQL's microseconds count from
+cdef int64_t FIRST_DAY = (datetime.min - datetime(2000, 1, 1)).days
+cdef int64_t LAST_DAY = (datetime.max - datetime(2000, 1, 1)).days
 cdef object timedelta_days = timedelta.days.__get__
 cdef object timedelta_seconds = timedelta.seconds.__get__
 cdef object timedelta_microseconds = timedelta.microseconds.__get__
 
 
 cdef int64_t to_microseconds(object moment) except? -1:
-    """Microseconds since 2000-01-01 UTC. Raises TypeError, or ValueError for a naive datetime."""
+    """Microseconds since 2000-01-01 UTC. Raises TypeError, or ValueError for what no reader could return.
+
+    Runs the code of the datetime's time zone: nothing that the rows hold may be kept in a variable across a call.
+    """
     if not isinstance(moment, datetime):
         raise TypeError(f"created_at must be a datetime, not {type(moment).__name__}")
     if moment.utcoffset() is None:
         raise ValueError(f"created_at must carry a time zone: {moment.isoformat()} does not")
     since = moment - EPOCH
+    # An offset can carry a datetime out of its own range: 9999-12-31T12:00-14:00 is a moment of the year 10000.
+    # PostgreSQL would store it, and every later read of the event would fail.
+    cdef int64_t days = timedelta_days(since)
+    if not FIRST_DAY <= days <= LAST_DAY:
+        raise ValueError(f"{moment.isoformat()} lies outside the years 1 to 9999 in UTC")
     return (
-        <int64_t>timedelta_days(since) * 86_400_000_000 + <int64_t>timedelta_seconds(since) * 1_000_000
-        + <int64_t>timedelta_microseconds(since)
+        days * 86_400_000_000 + <int64_t>timedelta_seconds(since) * 1_000_000 + <int64_t>timedelta_microseconds(since)
     )
 
 
@@ -69,6 +80,7 @@ cdef class EventRows:
     cdef Sink event_counts   # int32 each, by stream index
     cdef int32_t row_count_
     cdef bint placed
+    cdef uint64_t changes    # counts what would make a COPY that is under way wrong
 
     def __cinit__(self):
         self.clear()
@@ -81,6 +93,7 @@ cdef class EventRows:
         self.streams = {}
         self.row_count_ = 0
         self.placed = False
+        self.changes += 1
 
     def __len__(self):
         return self.row_count_
@@ -96,7 +109,7 @@ cdef class EventRows:
         return len(self.streams)
 
     def add(
-        self, bytes event_id not None, bytes stream_id not None, str event_name not None, int event_version,
+        self, bytes event_id not None, bytes stream_id not None, str event_name not None, event_version,
         const unsigned char[::1] payload not None, created_at=None, bytes correlation_id=None,
         const unsigned char[::1] metadata=None,
     ):
@@ -104,7 +117,7 @@ cdef class EventRows:
 
         *event_id*, *stream_id* and *correlation_id* are 16 bytes each, *payload* and *metadata* JSON as bytes (any
         contiguous buffer), *created_at* an aware datetime or None for the time that ``place`` gives. A call that
-        raises (ValueError, TypeError, OverflowError) leaves the rows as they were.
+        raises (ValueError, TypeError, BufferError, OverflowError, MemoryError) leaves the rows as they were.
         """
         cdef Py_ssize_t name_size = 0
         cdef const char *name
@@ -122,8 +135,8 @@ cdef class EventRows:
             raise ValueError("event_id and stream_id are 16 bytes each")
         if correlation_id is not None and PyBytes_GET_SIZE(correlation_id) != 16:
             raise ValueError("correlation_id is 16 bytes")
-        if not 0 <= event_version <= 0x7FFFFFFF:
-            raise ValueError(f"event version must lie between 0 and {0x7FFFFFFF}, not {event_version}")
+        # By hand: a C int as argument would take 1.7 for 1 and True for 1.
+        check_part(event_version, MAX_EVENT_VERSION, "event_version")
         version = event_version
         try:
             name = PyUnicode_AsUTF8AndSize(event_name, &name_size)
@@ -220,6 +233,7 @@ cdef class EventRows:
                 memcpy(at + 4, &metadata[0], metadata.shape[0])
         self.row_count_ += 1
         self.placed = False
+        self.changes += 1
 
     def stream_arrays(self):
         """Return ``(uuid[], bigint[])`` in binary form: the distinct streams in byte order, and the events for each.
@@ -239,16 +253,22 @@ cdef class EventRows:
             write_int64(counts.reserve(8), event_count[0])
         return encode_array(UUID_OID, stream_count, ids.start, 16), encode_array(INT8_OID, stream_count, counts.start, 8)
 
-    def place(self, transaction_no, const unsigned char[::1] head_versions not None, now not None):
+    def place(self, transaction_no, head_versions, now):
         """Give every row its place in the log: what the server answered to ``stream_arrays``.
 
         *head_versions* is a binary bigint[]: each stream's version after these events, in the order of
         ``stream_arrays``; *now* the time of the rows that were added without one. May be repeated with other numbers.
         Raises MalformedRow for an array that is not what it should be, ValueError for a version too low to hold the
-        rows, TypeError or ValueError for the rest; the rows then cannot be sent before another call succeeds.
+        rows, TypeError, ValueError or BufferError for the rest; the rows then cannot be sent before another call
+        succeeds.
         """
+        # Before anything can fail: rows of an earlier place must not be sent because nobody heard the error.
+        self.placed = False
+        self.changes += 1
+        # Arguments next, since they may run code of the caller's: what the rows hold is looked at only afterwards.
         cdef int64_t number, moment = to_microseconds(now)
-        cdef Py_ssize_t i, stream_count = len(self.streams)
+        cdef const unsigned char[::1] versions = head_versions
+        cdef Py_ssize_t i, stream_count
         cdef Source source
         cdef list in_order
         cdef Sink first_versions = Sink()
@@ -257,16 +277,18 @@ cdef class EventRows:
         cdef RowMark *mark
         check_part(transaction_no, MAX_TRANSACTION_NO, "transaction_no")
         number = transaction_no
-        self.placed = False
+        if versions is None:
+            raise TypeError("head_versions must be a buffer, not None")
+        stream_count = len(self.streams)
         if stream_count == 0:
             raise ValueError("there are no rows to place")
-        if head_versions.shape[0] != 20 + 12 * stream_count:
+        if versions.shape[0] != 20 + 12 * stream_count:
             raise MalformedRow(
                 f"bigint[] of {stream_count} versions must take {20 + 12 * stream_count} bytes,"
-                f" not {head_versions.shape[0]}"
+                f" not {versions.shape[0]}"
             )
-        source.at = &head_versions[0]
-        source.end = source.at + head_versions.shape[0]
+        source.at = &versions[0]
+        source.end = source.at + versions.shape[0]
         if (
             read_int32(take(&source, 4)) != 1 or read_int32(take(&source, 4)) != 0
             or read_int32(take(&source, 4)) != INT8_OID or read_int32(take(&source, 4)) != stream_count
@@ -280,8 +302,9 @@ cdef class EventRows:
                 raise MalformedRow("a bigint takes 8 bytes")
             head = read_int64(take(&source, 8))
             stream = self.streams[in_order[i]]
-            first = head - self.count_of(stream)[0] + 1
-            if first < 0 or head < 0:
+            # In this order: the difference of a head near the lowest int64 would overflow.
+            first = -1 if head < 0 else head - self.count_of(stream)[0] + 1
+            if first < 0:
                 raise ValueError(f"head version {head} is below the number of events of its stream")
             (<int64_t *>first_versions.place(8 * stream, 8))[0] = first
         for i in range(self.row_count_):
@@ -296,16 +319,18 @@ cdef class EventRows:
     def blocks(self, Py_ssize_t block_size=128 * 1024):
         """Yield the whole COPY stream, header and trailer included, as bytes of about *block_size*.
 
-        Raises ValueError before the rows were placed, RuntimeError if they change while they are being sent.
+        Raises ValueError before the rows were placed, RuntimeError if they change or are placed anew while they are
+        being sent: half of them would carry one transaction's number, half another's.
         """
         cdef Py_ssize_t offset = 0, size, total = self.rows.size
+        cdef uint64_t changes = self.changes
         if block_size <= 0:
             raise ValueError("block_size must be positive")
+        if not self.placed:
+            raise ValueError("rows are sent only after place()")
         yield COPY_HEADER
         while True:
-            if not self.placed:
-                raise ValueError("rows are sent only after place()")
-            if self.rows.size != total:
+            if self.changes != changes:
                 raise RuntimeError("rows changed while they were being sent")
             size = min(block_size, total - offset)
             if size == 0:
