@@ -11,7 +11,7 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 VARIANTS = {
-    "": {"compile": ["-O3"], "link": [], "directives": {}},
+    "": {"compile": ["-O3", "-g0"], "link": [], "directives": {}},
     "debug": {"compile": ["-O0", "-g"], "link": [], "directives": {"boundscheck": True, "nonecheck": True}},
     "profile": {"compile": ["-O3", "-g"], "link": [], "directives": {"profile": True}},
     "sanitize": {

@@ -257,7 +257,8 @@ cdef class EventRows:
         """Give every row its place in the log: what the server answered to ``stream_arrays``.
 
         *head_versions* is a binary bigint[]: each stream's version after these events, in the order of
-        ``stream_arrays``; *now* the time of the rows that were added without one. May be repeated with other numbers.
+        ``stream_arrays``; *now* the time of the rows that were added without one. May be repeated with other numbers. Returns how many of
+        the streams had no event before.
         Raises MalformedRow for an array that is not what it should be, ValueError for a version too low to hold the
         rows, TypeError, ValueError or BufferError for the rest; the rows then cannot be sent before another call
         succeeds.
@@ -273,7 +274,7 @@ cdef class EventRows:
         cdef list in_order
         cdef Sink first_versions = Sink()
         cdef int64_t head, first
-        cdef int32_t stream
+        cdef int32_t stream, new_streams = 0
         cdef RowMark *mark
         check_part(transaction_no, MAX_TRANSACTION_NO, "transaction_no")
         number = transaction_no
@@ -306,6 +307,7 @@ cdef class EventRows:
             first = -1 if head < 0 else head - self.count_of(stream)[0] + 1
             if first < 0:
                 raise ValueError(f"head version {head} is below the number of events of its stream")
+            new_streams += first == 0
             (<int64_t *>first_versions.place(8 * stream, 8))[0] = first
         for i in range(self.row_count_):
             mark = <RowMark *>self.marks.place(i * <Py_ssize_t>sizeof(RowMark), sizeof(RowMark))
@@ -315,6 +317,7 @@ cdef class EventRows:
             if mark.undated:
                 write_int64(self.rows.place(mark.offset + AT_CREATED_AT, 8), moment)
         self.placed = True
+        return new_streams
 
     def blocks(self, Py_ssize_t block_size=128 * 1024):
         """Yield the whole COPY stream, header and trailer included, as bytes of about *block_size*.

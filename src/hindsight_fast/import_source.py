@@ -1,0 +1,198 @@
+"""Where an import's lines come from: a path, standard input, a binary file object or an iterable of lines.
+
+A thread of its own reads and decompresses (both without the interpreter lock) a few blocks ahead, so that whoever
+takes the blocks can always ask "is there more yet?" without waiting: an importer that holds locks must never wait for
+a source.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+import threading
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import BinaryIO, Final, Literal, cast
+
+ImportSource = str | os.PathLike[str] | BinaryIO | Iterable[bytes]
+
+BLOCK_BYTES: Final = 1024 * 1024
+BLOCKS_AHEAD: Final = 4
+MAX_LINE_BYTES: Final = 256 * 1024 * 1024
+GZIP_MAGIC: Final = b"\x1f\x8b"
+
+
+class SourceError(Exception):
+    """The source cannot be read on behind the blocks already given: why, and in which line."""
+
+    def __init__(self, reason: str, line_no: int) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.line_no = line_no
+
+
+class LineSource:
+    """Gives a source as blocks of whole lines; the last line may lack its newline.
+
+    ``name`` is what to call it in a message, ``size`` its bytes as stored (None where unknown), ``bytes_read`` how many
+    of those have been read. Gzip is recognised by its first two bytes. Close it when done.
+    """
+
+    def __init__(self, source: ImportSource) -> None:
+        self.size: int | None = None
+        self.bytes_read = 0
+        self._file: BinaryIO | None = None
+        self._close_file = False
+        self._lines: Iterable[bytes] | None = None
+        if isinstance(source, str) and source == "-":
+            self.name = "<stdin>"
+            self._file = sys.stdin.buffer
+        elif isinstance(source, (str, os.PathLike)):
+            self.name = os.fspath(source)
+            self._file = open(source, "rb", buffering=0)  # noqa: SIM115 - closed by close()
+            self._close_file = True
+            self.size = os.fstat(self._file.fileno()).st_size or None
+        elif hasattr(source, "read"):
+            self.name = str(getattr(source, "name", None) or f"<{type(source).__name__}>")
+            self._file = cast(BinaryIO, source)
+        elif isinstance(source, (bytes, bytearray)) or not isinstance(source, Iterable):
+            kind = type(source).__name__
+            raise TypeError(f"source must be a path, a binary file or an iterable of lines, not {kind}")
+        else:
+            self.name = f"<{type(source).__name__}>"
+            self._lines = source
+        self._queue: queue.Queue[bytes | Exception | None] = queue.Queue(BLOCKS_AHEAD)
+        self._stopping = threading.Event()
+        self._ended = False
+        self._thread = threading.Thread(target=self._read_ahead, name="hindsight-import-source", daemon=True)
+        self._thread.start()
+
+    def next_block(self, *, wait: bool) -> bytes | Literal["end", "not yet"]:
+        """Return the next block of lines; without *wait*, "not yet" where that would take time.
+
+        Raises SourceError, or the OSError that reading met.
+        """
+        if self._ended:
+            return "end"
+        try:
+            block = self._queue.get(block=wait)
+        except queue.Empty:
+            return "not yet"
+        if block is None:
+            self._ended = True
+            return "end"
+        if isinstance(block, Exception):
+            raise block
+        return block
+
+    def close(self) -> None:
+        """Stop reading ahead. A thread that is stuck in a read of the caller's file is left to it."""
+        self._stopping.set()
+        while not self._queue.empty():
+            self._queue.get_nowait()
+        self._thread.join(timeout=1.0)
+        if self._close_file and self._file is not None and not self._thread.is_alive():
+            self._file.close()
+
+    def _read_ahead(self) -> None:
+        last: Exception | None = None
+        try:
+            for block in self._blocks_of_lines():
+                if not self._put(block):
+                    return
+        except Exception as error:  # noqa: BLE001 - handed to the thread that asks for blocks, and raised there
+            last = error
+        self._put(last)
+
+    def _put(self, block: bytes | Exception | None) -> bool:
+        while not self._stopping.is_set():
+            try:
+                self._queue.put(block, timeout=0.2)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    def _blocks_of_lines(self) -> Iterator[bytes]:
+        begun: list[bytes] = []  # pieces of a line whose end has not come yet
+        begun_bytes = 0
+        line_no = 1
+        pieces = self._decompressed()
+        while True:
+            try:
+                piece = next(pieces, None)
+            except (zlib.error, EOFError) as error:
+                raise SourceError(f"broken gzip: {error}", line_no) from error
+            if piece is None:
+                break
+            end = piece.rfind(b"\n") + 1
+            if end == 0:
+                begun.append(piece)
+                begun_bytes += len(piece)
+                if begun_bytes > MAX_LINE_BYTES:
+                    raise SourceError(f"a line longer than {MAX_LINE_BYTES} bytes", line_no)
+                continue
+            block = b"".join((*begun, piece[:end])) if begun else piece[:end]
+            line_no += block.count(b"\n")
+            yield block
+            begun, begun_bytes = [piece[end:]], len(piece) - end
+        if rest := b"".join(begun):
+            yield rest
+
+    def _decompressed(self) -> Iterator[bytes]:
+        raw = self._raw()
+        first = next(raw, b"")
+        while 0 < len(first) < len(GZIP_MAGIC) and (more := next(raw, b"")):
+            first += more
+        if not first.startswith(GZIP_MAGIC):
+            if first:
+                yield first
+            yield from raw
+            return
+        member = zlib.decompressobj(wbits=31)
+        compressed = first
+        while True:
+            # Never more than a block at once, however well it was compressed.
+            if piece := member.decompress(compressed, BLOCK_BYTES):
+                yield piece
+            compressed = member.unconsumed_tail
+            if member.eof:
+                compressed = member.unused_data or next(raw, b"")
+                if not compressed.strip(b"\0"):  # padding is allowed behind the last member
+                    return
+                member = zlib.decompressobj(wbits=31)
+            elif not compressed:
+                compressed = next(raw, b"")
+                if not compressed:
+                    raise EOFError("it ends in the middle")
+
+    def _raw(self) -> Iterator[bytes]:
+        if self._lines is not None:
+            yield from self._joined(self._lines)
+            return
+        assert self._file is not None
+        while not self._stopping.is_set():
+            block = self._file.read(BLOCK_BYTES)
+            if not isinstance(block, bytes):
+                raise TypeError(f"{self.name} gives {type(block).__name__}: open it in binary mode")
+            if not block:
+                return
+            self.bytes_read += len(block)
+            yield block
+
+    def _joined(self, lines: Iterable[bytes]) -> Iterator[bytes]:
+        gathered: list[bytes] = []
+        size = 0
+        for line in lines:
+            if not isinstance(line, bytes):
+                raise TypeError(f"lines must be bytes, not {type(line).__name__}")
+            gathered.append(line if line.endswith(b"\n") else line + b"\n")
+            size += len(gathered[-1])
+            if size >= BLOCK_BYTES:
+                self.bytes_read += size
+                yield b"".join(gathered)
+                gathered, size = [], 0
+        if gathered:
+            self.bytes_read += size
+            yield b"".join(gathered)

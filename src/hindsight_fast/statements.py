@@ -1,0 +1,152 @@
+"""SQL text, one named constant each, its reason beside it. ``Statements`` puts a schema's name into all of them.
+
+Parameters are cast, columns never: ``transaction_no::text`` in the select list made ORDER BY sort the output column,
+so that no index served it (80 times slower). A LIMIT is a literal for the same reason: as a parameter under a generic
+plan the whole table was sorted.
+"""
+
+from __future__ import annotations
+
+from typing import Final, LiteralString
+
+from psycopg import sql
+
+from ._core import EVENT_COLUMNS
+
+# Where a page begins: strictly behind a cursor. A row comparison, because only that is one range of the primary key.
+BEHIND_CURSOR: Final = "(e.transaction_no, e.sequence_no) > (%s::bigint, %s::integer)"
+
+# Numbers at or above the bound may still belong to open appends; a reader that passed them would skip those for ever.
+# bound_holds_v1 raises when the server is not the one that the bound came from.
+BELOW_BOUND: Final = "e.transaction_no < %s::bigint AND {schema}.bound_holds_v1(%s::timestamptz)"
+
+# A page of a filtered read ends where this many rows were scanned, not where as many were found: otherwise a rare event
+# makes one statement run for minutes. Index-only; no row means that the rest fits into one page.
+PAGE_END: Final = """
+    SELECT e.transaction_no, e.sequence_no FROM {schema}.events AS e WHERE {conditions}
+    ORDER BY e.transaction_no, e.sequence_no OFFSET {offset} LIMIT 1
+"""
+
+LOG_PAGE: Final = """
+    SELECT {columns} FROM {schema}.events AS e WHERE {conditions}
+    ORDER BY e.transaction_no, e.sequence_no LIMIT {limit}
+"""
+
+# In one stream the order of versions is the order of the log, and there is an index for it. To read what a writer has
+# just written no bound is needed: a stream has no holes below its head, which its writers hold locked until commit.
+STREAM_PAGE: Final = """
+    SELECT {columns} FROM {schema}.events AS e WHERE {conditions} ORDER BY e.stream_version {direction} LIMIT {limit}
+"""
+
+STREAM_VERSION: Final = "SELECT h.stream_version FROM {schema}.stream_heads AS h WHERE h.stream_id = %s::uuid"
+
+READ_BARRIER: Final = "SELECT b.bound, b.server_started FROM {schema}.read_barrier_v1() AS b"
+
+HEAD: Final = """
+    SELECT e.transaction_no, e.sequence_no FROM {schema}.events AS e
+    WHERE e.transaction_no < %s::bigint AND {schema}.bound_holds_v1(%s::timestamptz)
+    ORDER BY e.transaction_no DESC, e.sequence_no DESC LIMIT 1
+"""
+
+# Answers NULL instead of failing where there is no store; whatever the layout, these two columns stay.
+FOUND_TABLE: Final = "SELECT to_regclass(%s)::oid"
+FOUND_LAYOUT: Final = "SELECT m.layout FROM {schema}.store_meta AS m"
+
+# What a writer compares before its first append; the append itself compares once more, at its end.
+STORE_META: Final = """
+    SELECT m.layout, m.oldest_writing_layout, m.generation, m.state,
+        i.system_identifier = m.system_identifier AND i.timeline = m.timeline,
+        coalesce((SELECT max(e.transaction_no) FROM {schema}.events AS e) >= {schema}.next_number_v1(), false)
+    FROM {schema}.store_meta AS m, {schema}.server_identity_v1() AS i
+"""
+
+ADVANCE_SEQUENCE: Final = "SELECT {schema}.advance_sequence_v1()"
+
+BEGIN_COPY: Final = """
+    SELECT c.transaction_no, c.head_versions, c.started_at FROM {schema}.begin_copy_v1(%s::uuid[], %s::bigint[]) AS c
+"""
+
+COPY_EVENTS: Final = "COPY {schema}.events ({columns}) FROM STDIN (FORMAT BINARY)"
+
+CHECK_WRITABLE: Final = "SELECT {schema}.check_writable_v1(%s::integer, %s::bigint)"
+
+START_IMPORT: Final = """
+    INSERT INTO {schema}.imports (import_id, shard, shard_count) VALUES (%s, 0, 1) ON CONFLICT DO NOTHING
+"""
+
+FIND_IMPORT: Final = """
+    SELECT i.line_no, i.byte_offset, i.source_digest, i.event_count, i.finished, i.shard_count
+    FROM {schema}.imports AS i WHERE i.import_id = %s AND i.shard = 0
+"""
+
+# Compare and set: of two importers with one import id, the second finds the row moved and writes nothing.
+MOVE_IMPORT: Final = """
+    UPDATE {schema}.imports
+    SET line_no = %s, byte_offset = %s, source_digest = %s, event_count = event_count + %s, finished = %s,
+        updated_at = clock_timestamp()
+    WHERE import_id = %s AND shard = 0 AND line_no = %s AND byte_offset = %s
+"""
+
+LIST_IMPORTS: Final = """
+    SELECT i.import_id, i.line_no, i.byte_offset, i.event_count, i.finished, i.started_at, i.updated_at
+    FROM {schema}.imports AS i ORDER BY i.started_at, i.import_id
+"""
+
+# Estimates of the planner: counting a log of hundreds of millions of rows is no way to ask how the store does.
+TABLE_SIZES: Final = """
+    SELECT t.name, c.reltuples::bigint, pg_total_relation_size(c.oid)
+    FROM unnest(ARRAY['events', 'stream_heads']) AS t (name)
+    JOIN pg_class AS c ON c.relname = t.name AND c.relnamespace = %s::regnamespace
+"""
+
+
+class Statements:
+    """The statements of one schema, composed once."""
+
+    def __init__(self, schema: str) -> None:
+        self.schema = schema
+        self._schema = sql.Identifier(schema)
+        self._columns = sql.SQL(", ").join(sql.Identifier("e", column) for column in EVENT_COLUMNS)
+        self.stream_version = self._compose(STREAM_VERSION)
+        self.read_barrier = self._compose(READ_BARRIER)
+        self.head = self._compose(HEAD)
+        self.found_layout = self._compose(FOUND_LAYOUT)
+        self.store_meta = self._compose(STORE_META)
+        self.advance_sequence = self._compose(ADVANCE_SEQUENCE)
+        self.begin_copy = self._compose(BEGIN_COPY)
+        self.copy_events = self._compose(
+            COPY_EVENTS, columns=sql.SQL(", ").join(sql.Identifier(column) for column in EVENT_COLUMNS)
+        )
+        self.check_writable = self._compose(CHECK_WRITABLE)
+        self.start_import = self._compose(START_IMPORT)
+        self.find_import = self._compose(FIND_IMPORT)
+        self.move_import = self._compose(MOVE_IMPORT)
+        self.list_imports = self._compose(LIST_IMPORTS)
+
+    @property
+    def quoted_schema(self) -> str:
+        """The schema's name as SQL text and as ``to_regclass`` reads it."""
+        return self._schema.as_string(None)
+
+    def log_page(self, conditions: list[LiteralString], limit: int) -> bytes:
+        return self._compose(
+            LOG_PAGE, columns=self._columns, conditions=self._all(conditions), limit=sql.Literal(limit)
+        )
+
+    def page_end(self, conditions: list[LiteralString], offset: int) -> bytes:
+        return self._compose(PAGE_END, conditions=self._all(conditions), offset=sql.Literal(offset))
+
+    def stream_page(self, conditions: list[LiteralString], limit: int, *, backwards: bool) -> bytes:
+        return self._compose(
+            STREAM_PAGE,
+            columns=self._columns,
+            conditions=self._all(conditions),
+            limit=sql.Literal(limit),
+            direction=sql.SQL("DESC" if backwards else "ASC"),
+        )
+
+    def _all(self, conditions: list[LiteralString]) -> sql.Composed:
+        return sql.SQL(" AND ").join(sql.SQL(condition).format(schema=self._schema) for condition in conditions)
+
+    def _compose(self, text: LiteralString, **parts: sql.Composable) -> bytes:
+        return sql.SQL(text).format(schema=self._schema, **parts).as_bytes(None)

@@ -1,0 +1,366 @@
+"""EventStore: the synchronous face. It asks and waits; what to ask and what an answer means is decided elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self
+from uuid import UUID
+
+import psycopg
+from psycopg import errors
+from psycopg.rows import tuple_row
+from psycopg_pool import ConnectionPool
+
+from ._core import Cursor, RecordedEvent
+from .connecting import check_encodings, connection_conninfo, find_conninfo, shown_conninfo
+from .errors import SchemaError, StoreClosed
+from .import_source import ImportSource
+from .importer import ImportProgress, ImportReport, check_import_id, run_import
+from .reading import (
+    PAGE_ROWS,
+    LogReader,
+    StreamReader,
+    check_count,
+    check_event_names,
+    check_stream_id,
+)
+from .schema import LAYOUT, StoreMeta, check_layout, check_schema_name, schema_sql
+from .statements import FOUND_TABLE, Statements
+
+if TYPE_CHECKING:
+    from .reading import Request
+
+Connection = psycopg.Connection[Any]
+
+
+class EventStore:
+    """An event store in one schema of a PostgreSQL database.
+
+    *conninfo* is a libpq connection string or URL; empty, the environment names the server (``HINDSIGHT_DATABASE_URL``,
+    ``DATABASE_URL``, libpq's ``PG*``). *pool* is used instead of one of the store's own and never closed. *timeout* is
+    how many seconds to wait for a free connection. Open it with ``with``, or by ``open()`` and ``close()``; threads
+    may share it.
+    """
+
+    def __init__(
+        self,
+        conninfo: str = "",
+        *,
+        schema: str = "hindsight",
+        pool: ConnectionPool[Any] | None = None,
+        pool_size: int = 10,
+        timeout: float = 30.0,
+    ) -> None:
+        check_count(pool_size, "pool_size", least=1)
+        self.schema = check_schema_name(schema)
+        self._statements = Statements(schema)
+        self._pool_size = pool_size
+        self._timeout = timeout
+        self._given_pool = pool
+        self._pool = pool
+        if pool is None:
+            self.conninfo = find_conninfo(conninfo)
+        else:
+            self.conninfo = pool.conninfo if isinstance(pool.conninfo, str) else ""
+        self._open = False
+
+    def __repr__(self) -> str:
+        return f"<EventStore {self.schema!r} at {shown_conninfo(self.conninfo) or 'the environment'}>"
+
+    @property
+    def pool(self) -> ConnectionPool[Any]:
+        """The connection pool, for statements of your own. Raises StoreClosed before ``open()``."""
+        if self._pool is None:
+            raise StoreClosed(f"{self!r} is not open: use it in a with statement, or call open()")
+        return self._pool
+
+    def open(self) -> Self:
+        """Connect, and check the schema if there is one. Raises SchemaError, or psycopg's own errors."""
+        if self._open:
+            return self
+        if self._given_pool is None:
+            settings = connection_conninfo(self.conninfo)
+            # One connection made at once, outside the pool: a pool would only say that none came in time, not why.
+            with psycopg.connect(settings, autocommit=True) as connection:
+                self._check_store(connection)
+            self._pool = ConnectionPool(
+                settings,
+                kwargs={"autocommit": True},
+                min_size=0,
+                max_size=self._pool_size,
+                timeout=self._timeout,
+                configure=_configure,
+                open=True,
+                name="hindsight_fast",
+            )
+            self._open = True
+            return self
+        self._open = True
+        try:
+            with self._connection() as connection:
+                self._check_store(connection)
+        except BaseException:
+            self._open = False
+            raise
+        return self
+
+    def close(self) -> None:
+        """Close the store's own pool; harmless when already closed."""
+        self._open = False
+        if self._given_pool is None and self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+    def __enter__(self) -> Self:
+        return self.open()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def create_schema(self) -> None:
+        """Make the tables and functions if they are not there; harmless to repeat, from any number of processes.
+
+        Raises SchemaError if the schema was made by a newer version of this library.
+        """
+        with self._connection() as connection:
+            layout = self._found_layout(connection)
+            if layout is not None and layout >= LAYOUT:
+                check_layout(self.schema, layout)
+                return
+            try:
+                connection.execute(schema_sql(self.schema).encode())
+            except psycopg.Error:
+                # The script holds its own BEGIN; without this the connection goes back inside a failed transaction.
+                connection.rollback()
+                raise
+
+    # Reading
+
+    def read(
+        self,
+        *,
+        after: Cursor = Cursor.BEGINNING,
+        event_types: Iterable[str] | None = None,
+        stream_id: UUID | None = None,
+        correlation_id: UUID | None = None,
+        limit: int | None = None,
+    ) -> Iterator[RecordedEvent]:
+        """Iterate over the events behind *after* in the total order of the log, up to its head as of the first step.
+
+        Constant memory, whatever the length: events are fetched page by page, and no connection is held between
+        pages. *event_types* are names. Raises SchemaError without a schema.
+        """
+        reader = self._log_reader(after, event_types, stream_id, correlation_id, limit, PAGE_ROWS)
+        return _one_by_one(self._pages(reader))
+
+    def read_batches(
+        self,
+        *,
+        after: Cursor = Cursor.BEGINNING,
+        event_types: Iterable[str] | None = None,
+        batch_size: int = PAGE_ROWS,
+    ) -> Iterator[Sequence[RecordedEvent]]:
+        """Iterate as ``read`` does, by batches of 1 to *batch_size* events: the fast lane.
+
+        Batches are smaller at first, and where events are so large that *batch_size* of them exceed 8 MB.
+        """
+        check_count(batch_size, "batch_size", least=1)
+        return self._pages(self._log_reader(after, event_types, None, None, None, batch_size))
+
+    def read_stream(
+        self,
+        stream_id: UUID,
+        *,
+        from_version: int = 0,
+        to_version: int | None = None,
+        backwards: bool = False,
+        limit: int | None = None,
+    ) -> Iterator[RecordedEvent]:
+        """Iterate over one stream's events with versions *from_version* to *to_version*, both included.
+
+        Sees what was committed before each page is fetched, the caller's own writes included. A stream without events
+        gives none. Their cursors are no checkpoints for reading the log: it may still have gaps before them.
+        """
+        reader = StreamReader(
+            self._statements,
+            stream_id=check_stream_id(stream_id),
+            from_version=check_count(from_version, "from_version"),
+            to_version=None if to_version is None else check_count(to_version, "to_version"),
+            backwards=backwards,
+            limit=None if limit is None else check_count(limit, "limit"),
+        )
+        return _one_by_one(self._pages(reader))
+
+    def stream_version(self, stream_id: UUID) -> int | None:
+        """Return the version of the stream's last event (0 for the first), or None if it has none.
+
+        Reads the head row, without the global barrier: a writer sees its own append at once.
+        """
+        with self._connection() as connection:
+            row = self._ask(connection, self._statements.stream_version, (check_stream_id(stream_id),)).fetchone()
+        return None if row is None else row[0]
+
+    def head(self) -> Cursor | None:
+        """Return the place of the last event that every reader may see, or None in an empty store."""
+        with self._connection() as connection:
+            bound = self._ask(connection, self._statements.read_barrier).fetchone()
+            row = self._ask(connection, self._statements.head, bound).fetchone()
+        return None if row is None else Cursor(*row)
+
+    # Importing
+
+    def import_events(
+        self,
+        source: ImportSource,
+        *,
+        import_id: str,
+        mode: Literal["append"] = "append",
+        jobs: Literal[1] = 1,
+        chunk_size: int | None = None,
+        on_error: Literal["stop"] = "stop",
+        progress: Callable[[ImportProgress], object] | None = None,
+    ) -> ImportReport:
+        """Append the events of *source*, one JSON object a line, in their order; see the README for the format.
+
+        *source* is a path (``.gz`` is decompressed), ``"-"`` for standard input, a binary file object, or an iterable
+        of lines as bytes; it is read ahead in a thread of its own. Each chunk of *chunk_size* events (None: about 250
+        ms of work) commits together with its checkpoint, so an import that was killed goes on where it stopped when
+        it is called again with the same source and *import_id*; what is stored already is skipped. *progress* is
+        called after each chunk.
+
+        Raises ImportFailed for a bad line, before anything of its chunk is stored; for a source that differs from
+        what was imported under this id before; and for a rival that runs the same import.
+        """
+        check_import_id(import_id)
+        for name, given, built in (("mode", mode, "append"), ("jobs", jobs, 1), ("on_error", on_error, "stop")):
+            if given != built:
+                raise ValueError(f"{name}={given!r} is not supported, only {name}={built!r}")
+        if chunk_size is not None:
+            check_count(chunk_size, "chunk_size", least=1)
+        with self._connection() as connection:
+            meta = self._prepare_to_write(connection)
+            return run_import(
+                connection,
+                self._statements,
+                source,
+                import_id=import_id,
+                generation=meta.generation,
+                chunk_size=chunk_size,
+                progress=progress,
+            )
+
+    # How the store asks
+
+    @contextmanager
+    def _connection(self) -> Generator[Connection, None, None]:
+        """Lend a connection in autocommit mode, whatever the mode of the pool it comes from."""
+        if not self._open:
+            raise StoreClosed(f"{self!r} is not open: use it in a with statement, or call open()")
+        with self.pool.connection(self._timeout) as connection:
+            check_encodings(connection.info)
+            if connection.autocommit:
+                yield connection
+                return
+            connection.autocommit = True
+            try:
+                yield connection
+            finally:
+                if not connection.closed:
+                    connection.autocommit = False
+
+    def _ask(
+        self, connection: Connection, statement: bytes, parameters: Sequence[Any] | None = None
+    ) -> psycopg.Cursor[Any]:
+        """Run a statement in binary format. Raises SchemaError where the tables are missing."""
+        # A cursor of our own making: a connection may bring another class, and another row factory.
+        cursor = psycopg.Cursor(connection, row_factory=tuple_row)
+        try:
+            # Unprepared: a plan that was cached while the table was small serves a large one badly, and planning
+            # costs 0.1 ms of the 8 that a page takes.
+            return cursor.execute(statement, parameters, binary=True, prepare=False)
+        except (errors.UndefinedTable, errors.InvalidSchemaName, errors.UndefinedFunction) as error:
+            if connection.info.transaction_status == psycopg.pq.TransactionStatus.IDLE:
+                check_layout(self.schema, self._found_layout(connection))
+            raise SchemaError(f"schema {self.schema!r} is not complete: {error}", schema=self.schema) from error
+
+    def _check_store(self, connection: Connection) -> None:
+        check_encodings(connection.info)
+        layout = self._found_layout(connection)
+        if layout is not None:
+            check_layout(self.schema, layout)
+            self._prepare_to_write(connection)
+
+    def _found_layout(self, connection: Connection) -> int | None:
+        cursor = psycopg.Cursor(connection, row_factory=tuple_row)
+        row = cursor.execute(FOUND_TABLE, (f"{self._statements.quoted_schema}.store_meta",)).fetchone()
+        if row is None or row[0] is None:
+            return None
+        row = cursor.execute(self._statements.found_layout).fetchone()
+        return None if row is None else int(row[0])
+
+    def _prepare_to_write(self, connection: Connection) -> StoreMeta:
+        """Return what the store says of itself, with a sequence that lags or changed hands moved on first."""
+        row = self._ask(connection, self._statements.store_meta).fetchone()
+        if row is None:
+            raise SchemaError(f"schema {self.schema!r} has lost its row of store_meta", schema=self.schema)
+        meta = StoreMeta(*row)
+        if meta.sequence_lags or not meta.same_server:
+            self._ask(connection, self._statements.advance_sequence)
+        return meta
+
+    def _pages(self, reader: LogReader | StreamReader) -> Iterator[list[RecordedEvent]]:
+        while (request := reader.request()) is not None:
+            try:
+                with self._connection() as connection:
+                    events = self._answer(connection, reader, request)
+            except psycopg.Error as error:
+                if not reader.renew(error.sqlstate):
+                    raise
+                continue
+            if events:
+                yield events
+
+    def _answer(
+        self, connection: Connection, reader: LogReader | StreamReader, request: Request
+    ) -> list[RecordedEvent]:
+        cursor = self._ask(connection, request.statement, request.parameters)
+        result = cursor.pgresult
+        assert result is not None
+        return reader.take(None if request.answers == "events" else cursor.fetchall(), result)
+
+    def _log_reader(
+        self,
+        after: Cursor,
+        event_types: Iterable[str] | None,
+        stream_id: UUID | None,
+        correlation_id: UUID | None,
+        limit: int | None,
+        page_rows: int,
+    ) -> LogReader:
+        if not isinstance(after, Cursor):
+            raise TypeError(f"after must be a Cursor, not {type(after).__name__}")
+        if correlation_id is not None and not isinstance(correlation_id, UUID):
+            raise TypeError(f"correlation_id must be a UUID, not {type(correlation_id).__name__}")
+        return LogReader(
+            self._statements,
+            after=after,
+            event_names=check_event_names(event_types),
+            stream_id=None if stream_id is None else check_stream_id(stream_id),
+            correlation_id=correlation_id,
+            limit=None if limit is None else check_count(limit, "limit"),
+            page_rows=page_rows,
+        )
+
+
+def _configure(connection: Connection) -> None:
+    # Not left to the role's or the database's default: under REPEATABLE READ no reader sees a later commit.
+    connection.execute("SET default_transaction_isolation = 'read committed'")
+
+
+def _one_by_one(pages: Iterator[list[RecordedEvent]]) -> Iterator[RecordedEvent]:
+    for page in pages:
+        yield from page
