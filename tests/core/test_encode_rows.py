@@ -1,0 +1,621 @@
+"""Events into the rows of a binary COPY: the compiled EventRows against its plain twin."""
+
+import array
+import contextlib
+import mmap
+import os
+import resource
+import struct
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta, timezone, tzinfo
+from uuid import UUID
+
+import msgspec
+import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+import plain_python
+from compiled_core import event_counts, head_array, rows_of
+from event_strategies import FIRST_MOMENT, LAST_MOMENT, moments, new_events
+from hindsight_fast._core import COPY_HEADER, COPY_TRAILER, EVENT_COLUMNS, EventRows
+from hindsight_fast.errors import MalformedRow
+from leaks import kept_bytes
+from plain_python import PlainNewEvent
+
+NOW = datetime(2024, 5, 6, 7, 8, 9, 123456, tzinfo=UTC)
+A, B = bytes(15) + b"\1", bytes(15) + b"\2"
+
+
+@st.composite
+def placed_events(draw, max_size=12):
+    """Events and everything ``place`` needs for them."""
+    events = draw(st.lists(new_events, min_size=1, max_size=max_size))
+    before = st.integers(-1, 5) | st.integers(-1, 2**63 - 1 - len(events))
+    heads = {stream_id: draw(before) + count for stream_id, count in event_counts(events).items()}
+    return events, draw(st.integers(0, 2**63 - 1)), heads, draw(moments)
+
+
+def one_row(stream_id=A):
+    rows = EventRows()
+    rows.add(b"e" * 16, stream_id, "name", 1, b"{}")
+    return rows
+
+
+def state_of(rows):
+    """Everything that can be seen of rows."""
+    everything = [rows.row(n) for n in range(len(rows))]
+    try:
+        sent = b"".join(rows.blocks())
+    except ValueError:
+        sent = None
+    return len(rows), rows.byte_count, rows.stream_count, rows.stream_arrays(), everything, sent
+
+
+# --- What is sent is what the twin writes ---------------------------------------------------------------------------
+
+
+def test_the_constants_are_the_twins():
+    assert EVENT_COLUMNS == plain_python.EVENT_COLUMNS
+    assert plain_python.encode_copy([]) == COPY_HEADER + COPY_TRAILER
+
+
+@given(placed_events(), st.integers(1, 700))
+def test_rows_are_byte_for_byte_the_twins(placed, block_size):
+    events, transaction_no, heads, now = placed
+    rows = rows_of(events)
+    rows.place(transaction_no, head_array(events, heads), now)
+
+    expected = [plain_python.encode_row(event) for event in plain_python.place(events, transaction_no, heads, now)]
+
+    assert [rows.row(n) for n in range(len(rows))] == expected
+    assert rows.byte_count == sum(map(len, expected))
+    blocks = list(rows.blocks(block_size))
+    assert b"".join(blocks) == plain_python.encode_copy(expected) == b"".join(rows.blocks())
+    assert (blocks[0], blocks[-1]) == (COPY_HEADER, COPY_TRAILER)
+    assert all(len(block) == block_size for block in blocks[1:-2])
+    assert len(blocks[-2]) <= block_size
+
+
+@given(st.lists(new_events, max_size=12))
+@example([])
+def test_the_arrays_name_each_stream_once_in_byte_order(events):
+    counts = event_counts(events)
+    rows = rows_of(events)
+    assert rows.stream_count == len(counts)
+    assert rows.stream_arrays() == (
+        plain_python.encode_uuid_array(list(counts)),
+        plain_python.encode_bigint_array(list(counts.values())),
+    )
+
+
+def test_many_streams_and_rows_make_the_buffers_grow_and_nothing_is_lost():
+    events = [
+        PlainNewEvent(UUID(int=n), UUID(int=n * 7919 % 1009), f"name {n % 17}", n, b"x" * (n % 251))
+        for n in range(5000)
+    ]
+    rows = rows_of(events)
+    heads = {stream_id: 10**12 + count for stream_id, count in event_counts(events).items()}
+    rows.place(99, head_array(events, heads), NOW)
+    next_version = {stream_id: heads[stream_id] - count + 1 for stream_id, count in event_counts(events).items()}
+    for n, event in enumerate(events):
+        stored = plain_python.decode_row(rows.row(n))
+        assert (stored.sequence_no, stored.stream_version) == (n, next_version[event.stream_id])
+        assert (stored.event_id, stored.payload) == (event.event_id, event.payload)
+        next_version[event.stream_id] += 1
+
+
+# --- Times ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        FIRST_MOMENT,
+        LAST_MOMENT,
+        datetime(1999, 12, 31, 23, 59, 59, 999999, tzinfo=UTC),  # encoded as -1, C's usual mark of an error
+        datetime(2000, 1, 1, tzinfo=UTC),
+        datetime(1969, 12, 31, 23, 59, 59, 999999, tzinfo=UTC),
+        datetime(1, 1, 1, 0, 0, tzinfo=timezone(timedelta(hours=-14))),
+        datetime(9999, 12, 31, 23, 59, 59, 999999, tzinfo=timezone(timedelta(hours=14))),
+        datetime(2024, 2, 29, 12, tzinfo=timezone(timedelta(hours=5, minutes=45, seconds=7, microseconds=3))),
+    ],
+)
+def test_every_moment_of_the_years_1_to_9999_survives_to_the_microsecond(moment):
+    rows = EventRows()
+    rows.add(b"e" * 16, A, "name", 1, b"{}", moment)
+    rows.add(b"f" * 16, A, "name", 1, b"{}")
+    rows.place(1, plain_python.encode_bigint_array([1]), moment)
+    assert plain_python.decode_row(rows.row(0)).created_at == moment
+    assert plain_python.decode_row(rows.row(1)).created_at == moment
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        datetime(1, 1, 1, 13, 59, 59, 999999, tzinfo=timezone(timedelta(hours=14))),
+        datetime(9999, 12, 31, 10, 0, tzinfo=timezone(timedelta(hours=-14))),
+    ],
+)
+def test_a_moment_that_no_reader_could_return_is_refused(moment):
+    # In UTC it lies outside the years 1 to 9999: PostgreSQL stores it, and decoding it fails for ever after.
+    rows = one_row()
+    with pytest.raises(ValueError, match="years 1 to 9999"):
+        rows.add(b"e" * 16, A, "name", 1, b"{}", moment)
+    with pytest.raises(ValueError, match="years 1 to 9999"):
+        rows.place(1, plain_python.encode_bigint_array([0]), moment)
+    assert len(rows) == 1
+
+
+# --- add() that raises changes nothing ------------------------------------------------------------------------------
+
+
+class Undecided(tzinfo):
+    def utcoffset(self, moment):
+        return None
+
+
+class Raising(tzinfo):
+    def utcoffset(self, moment):
+        raise RuntimeError("no offset today")
+
+
+GOOD = {
+    "event_id": b"e" * 16,
+    "stream_id": b"s" * 16,
+    "event_name": "name",
+    "event_version": 1,
+    "payload": b"{}",
+    "created_at": NOW,
+    "correlation_id": b"c" * 16,
+    "metadata": b"[]",
+}
+
+BAD = [
+    *[("event_id", bad, ValueError) for bad in (b"", b"e" * 15, b"e" * 17)],
+    *[("event_id", bad, TypeError) for bad in (None, "e" * 16, bytearray(16), UUID(int=1), 16)],
+    *[("stream_id", bad, ValueError) for bad in (b"", b"e" * 15, b"e" * 17)],
+    *[("stream_id", bad, TypeError) for bad in (None, "e" * 16, bytearray(16), UUID(int=1), 16)],
+    *[("correlation_id", bad, ValueError) for bad in (b"", b"e" * 15, b"e" * 17)],
+    *[("correlation_id", bad, TypeError) for bad in ("e" * 16, bytearray(16), UUID(int=1), 16)],
+    *[("event_name", bad, ValueError) for bad in ("", "\0", "a\0", "\0a", "a" * 10_000 + "\0", "\ud800", "a\udfff")],
+    *[("event_name", bad, TypeError) for bad in (None, b"name", 5)],
+    *[("event_version", bad, ValueError) for bad in (-1, 2**31, 2**32, 2**64, -(2**31), -(2**63) - 1)],
+    *[("event_version", bad, TypeError) for bad in (None, "1", 1.0, 1.7, True)],
+    *[("payload", bad, TypeError) for bad in (None, "{}", 5, {"a": 1}, [1])],
+    *[("metadata", bad, TypeError) for bad in ("{}", 5, {"a": 1}, [1])],
+    *[
+        (field, bad, (ValueError, TypeError, BufferError))
+        for field in ("payload", "metadata")
+        for bad in (
+            memoryview(b"abcdef")[::2],
+            memoryview(b"abcdef")[::-1],
+            memoryview(b"abcdef").cast("B", (2, 3)),
+            memoryview(b"abcd").cast("I"),
+            memoryview(b"abcd").cast("b"),
+            array.array("I", [1, 2]),
+            array.array("d", [1.0]),
+        )
+    ],
+    ("created_at", NOW.replace(tzinfo=None), ValueError),
+    ("created_at", NOW.replace(tzinfo=Undecided()), ValueError),
+    ("created_at", NOW.replace(tzinfo=Raising()), RuntimeError),
+    *[("created_at", bad, TypeError) for bad in ("2024-01-01T00:00:00Z", 0, NOW.date(), NOW.time(), timedelta(1))],
+]
+
+
+@pytest.mark.parametrize("new_stream", [False, True], ids=["known stream", "new stream"])
+@pytest.mark.parametrize(("field", "bad", "error"), BAD, ids=lambda value: repr(value)[:40])
+def test_an_add_that_raises_leaves_the_rows_as_they_were(field, bad, error, new_stream):
+    rows = one_row(A if new_stream else GOOD["stream_id"])
+    rows.place(7, plain_python.encode_bigint_array([0]), NOW)
+    before = state_of(rows)
+    with pytest.raises(error):
+        rows.add(**{**GOOD, field: bad})
+    assert state_of(rows) == before
+    rows.add(**GOOD)
+    assert len(rows) == 2
+
+
+def test_the_good_event_is_good():
+    # Otherwise every case above could fail for a reason of its own.
+    rows = EventRows()
+    rows.add(**GOOD)
+    assert len(rows) == 1
+
+
+def test_add_without_or_with_surplus_arguments_leaves_the_rows_alone():
+    rows = one_row()
+    for arguments in ((), (b"e" * 16,), (b"e" * 16, A, "n", 1, b"", None, None, None, None)):
+        with pytest.raises(TypeError):
+            rows.add(*arguments)
+    with pytest.raises(TypeError):
+        rows.add(**GOOD, colour="blue")
+    assert len(rows) == 1
+
+
+@pytest.mark.parametrize("sizes", [(2**30, 0), (0, 2**30), (600 << 20, 600 << 20), (2**31, 0), (2**32 + 2, 0)])
+def test_an_event_too_large_for_postgresql_is_refused_before_it_is_copied(sizes):
+    rows = one_row()
+    before = state_of(rows)
+    # Pages of an anonymous mapping cost nothing until they are touched.
+    payload, metadata = (mmap.mmap(-1, size) if size else b"{}" for size in sizes)
+    with pytest.raises(ValueError, match="1 GiB"):
+        rows.add(b"e" * 16, B, "name", 1, payload, None, None, metadata)
+    assert state_of(rows) == before
+
+
+def test_a_huge_name_is_only_a_long_text():
+    name = "ñ" * 3_000_000
+    rows = EventRows()
+    rows.add(b"e" * 16, A, name, 1, b"{}")
+    rows.place(1, plain_python.encode_bigint_array([0]), NOW)
+    assert plain_python.decode_row(rows.row(0)).event_name == name
+
+
+def test_an_add_that_finds_no_memory_leaves_the_rows_as_they_were():
+    # In a process of its own, whose address space is closed after the first row.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, __file__], check=True, timeout=60, env=environment)
+
+
+def run_out_of_memory():
+    rows = one_row()
+    rows.place(7, plain_python.encode_bigint_array([0]), NOW)
+    before = state_of(rows)
+    payload = bytes(200 << 20)
+    with open("/proc/self/statm") as statm:
+        used_bytes = int(statm.read().split()[0]) * mmap.PAGESIZE
+    resource.setrlimit(resource.RLIMIT_AS, (used_bytes + (50 << 20), resource.RLIM_INFINITY))
+    for stream_id in (A, B):
+        try:
+            rows.add(b"f" * 16, stream_id, "name", 1, payload)
+        except MemoryError:
+            pass
+        else:
+            raise AssertionError("there was memory after all")
+        assert state_of(rows) == before
+    rows.add(b"f" * 16, B, "name", 1, b"{}")
+    assert len(rows) == 2
+
+
+# --- What a payload may be ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        bytes,
+        bytearray,
+        memoryview,
+        msgspec.Raw,
+        lambda data: array.array("B", data),
+        lambda data: memoryview(bytearray(b"[" + data + b"]"))[1:-1],
+        lambda data: memoryview(data).toreadonly(),
+    ],
+    ids=["bytes", "bytearray", "memoryview", "msgspec.Raw", "array", "slice of a bytearray", "read-only view"],
+)
+@pytest.mark.parametrize("data", [b"", b"{}", b'{"a": 1}' * 1000])
+def test_any_contiguous_buffer_is_a_payload(kind, data):
+    rows = EventRows()
+    buffer = kind(data)
+    rows.add(b"e" * 16, A, "name", 1, buffer, None, None, buffer)
+    rows.place(1, plain_python.encode_bigint_array([0]), NOW)
+    stored = plain_python.decode_row(rows.row(0))
+    assert (stored.payload, stored.metadata) == (data, data)
+
+
+def test_a_buffer_is_copied_and_let_go():
+    payload = bytearray(b"before")
+    rows = EventRows()
+    rows.add(b"e" * 16, A, "name", 1, payload, None, None, payload)
+    payload[:] = b"after!"
+    payload.extend(b"a bytearray cannot grow while a buffer of it is held")
+    rows.place(1, plain_python.encode_bigint_array([0]), NOW)
+    assert plain_python.decode_row(rows.row(0)).payload == b"before"
+
+
+# --- place() --------------------------------------------------------------------------------------------------------
+
+
+@given(placed_events(max_size=8), st.data())
+def test_placing_again_is_as_good_as_placing_once(placed, data):
+    events, transaction_no, heads, now = placed
+    other_heads = {stream_id: data.draw(st.integers(n - 1, 100)) for stream_id, n in event_counts(events).items()}
+    twice, once = rows_of(events), rows_of(events)
+    twice.place(data.draw(st.integers(0, 2**63 - 1)), head_array(events, other_heads), data.draw(moments))
+    twice.place(transaction_no, head_array(events, heads), now)
+    once.place(transaction_no, head_array(events, heads), now)
+    assert state_of(twice) == state_of(once)
+
+
+THREE_STREAMS = [PlainNewEvent(UUID(int=n), UUID(int=n % 3 + 1), "name", 1, b"{}") for n in range(7)]
+THREE_HEADS = plain_python.encode_bigint_array([10, 20, 30])
+
+
+def unchanged_and_unsendable(rows, before):
+    assert [rows.row(n) for n in range(len(rows))] == before
+    with pytest.raises(ValueError, match="place"):
+        list(rows.blocks())
+
+
+@pytest.mark.parametrize("size", range(len(THREE_HEADS)))
+def test_every_truncated_array_is_malformed(size):
+    rows = rows_of(THREE_STREAMS)
+    rows.place(1, THREE_HEADS, NOW)
+    before = [rows.row(n) for n in range(len(rows))]
+    with pytest.raises(MalformedRow):
+        rows.place(2, THREE_HEADS[:size], NOW)
+    unchanged_and_unsendable(rows, before)
+
+
+@pytest.mark.parametrize("offset", [*range(16), *range(20, 24), *range(32, 36), *range(44, 48)])
+def test_every_single_byte_lie_of_an_array_is_malformed(offset):
+    # All but the lower bound (16 to 20), which says nothing, and the versions themselves.
+    rows = rows_of(THREE_STREAMS)
+    rows.place(1, THREE_HEADS, NOW)
+    before = [rows.row(n) for n in range(len(rows))]
+    for value in range(256):
+        lie = bytearray(THREE_HEADS)
+        if lie[offset] == value:
+            continue
+        lie[offset] = value
+        with pytest.raises(MalformedRow):
+            rows.place(2, lie, NOW)
+    unchanged_and_unsendable(rows, before)
+
+
+@pytest.mark.parametrize(
+    "array_of_another_kind",
+    [
+        THREE_HEADS + b"\0",
+        THREE_HEADS * 2,
+        plain_python.encode_bigint_array([1, 2]),
+        plain_python.encode_bigint_array([1, 2, 3, 4]),
+        plain_python.encode_bigint_array([]),
+        struct.pack("!iii", 0, 0, 20),
+        plain_python.encode_uuid_array([UUID(int=1)] * 3),
+        struct.pack("!iiIii", 1, 1, 20, 3, 1) + struct.pack("!iqiqi", 8, 1, 8, 2, -1),
+        bytes(len(THREE_HEADS)),
+        b"\xff" * len(THREE_HEADS),
+    ],
+)
+def test_an_array_of_another_kind_is_malformed(array_of_another_kind):
+    rows = rows_of(THREE_STREAMS)
+    with pytest.raises(MalformedRow):
+        rows.place(2, array_of_another_kind, NOW)
+
+
+@given(st.binary(max_size=80) | st.binary(min_size=len(THREE_HEADS), max_size=len(THREE_HEADS)))
+def test_random_bytes_are_malformed(noise):
+    assume(noise[:16] != THREE_HEADS[:16])
+    with pytest.raises(MalformedRow):
+        rows_of(THREE_STREAMS).place(2, noise, NOW)
+
+
+@pytest.mark.parametrize("head", [1, 0, -1, -(2**63), -(2**63) + 1])
+def test_a_head_that_cannot_hold_its_events_is_refused(head):
+    # The first stream has three events: its head is at least 2.
+    rows = rows_of(THREE_STREAMS)
+    before = [rows.row(n) for n in range(len(rows))]
+    with pytest.raises(ValueError, match="below the number of events") as caught:
+        rows.place(2, plain_python.encode_bigint_array([head, 20, 30]), NOW)
+    assert not isinstance(caught.value, MalformedRow)
+    unchanged_and_unsendable(rows, before)
+
+
+def test_the_lowest_and_highest_heads_hold_their_events():
+    for heads in ((2, 1, 1), (2**63 - 1,) * 3):
+        rows = rows_of(THREE_STREAMS)
+        rows.place(2**63 - 1, plain_python.encode_bigint_array(list(heads)), NOW)
+        versions = [plain_python.decode_row(rows.row(n)).stream_version for n in (0, 3, 6)]
+        assert versions == [heads[0] - 2, heads[0] - 1, heads[0]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ((-1, THREE_HEADS, NOW), ValueError),
+        ((2**63, THREE_HEADS, NOW), ValueError),
+        ((1.0, THREE_HEADS, NOW), TypeError),
+        ((True, THREE_HEADS, NOW), TypeError),
+        ((None, THREE_HEADS, NOW), TypeError),
+        (("1", THREE_HEADS, NOW), TypeError),
+        ((1, None, NOW), TypeError),
+        ((1, [10, 20, 30], NOW), TypeError),
+        ((1, THREE_HEADS.decode("latin-1"), NOW), TypeError),
+        ((1, memoryview(THREE_HEADS * 2)[::2], NOW), (ValueError, BufferError)),
+        ((1, THREE_HEADS, None), TypeError),
+        ((1, THREE_HEADS, 5), TypeError),
+        ((1, THREE_HEADS, NOW.replace(tzinfo=None)), ValueError),
+        ((1, THREE_HEADS, NOW.replace(tzinfo=Raising())), RuntimeError),
+    ],
+)
+def test_rows_cannot_be_sent_after_any_place_that_failed(arguments, error):
+    rows = rows_of(THREE_STREAMS)
+    rows.place(1, THREE_HEADS, NOW)
+    before = [rows.row(n) for n in range(len(rows))]
+    with pytest.raises(error):
+        rows.place(*arguments)
+    unchanged_and_unsendable(rows, before)
+
+
+def test_no_rows_cannot_be_placed():
+    with pytest.raises(ValueError, match="no rows"):
+        EventRows().place(1, plain_python.encode_bigint_array([]), NOW)
+
+
+def test_a_caller_that_empties_the_rows_while_they_are_placed_does_no_harm():
+    class Emptying(tzinfo):
+        def utcoffset(self, moment):
+            rows.clear()
+            return timedelta(0)
+
+    class EmptyingInt(int):
+        def __ge__(self, other):
+            rows.clear()
+            return True
+
+        __le__ = __gt__ = __lt__ = __ge__
+
+    for arguments in ((1, THREE_HEADS, NOW.replace(tzinfo=Emptying())), (EmptyingInt(1), THREE_HEADS, NOW)):
+        rows = rows_of(THREE_STREAMS)
+        with pytest.raises(ValueError, match="no rows"):
+            rows.place(*arguments)
+        assert len(rows) == 0
+
+    rows = rows_of(THREE_STREAMS)
+    rows.add(b"e" * 16, A, "name", 1, b"{}", NOW.replace(tzinfo=Emptying()))
+    assert len(rows) == rows.stream_count == 1
+
+
+# --- blocks(), row(), clear() ---------------------------------------------------------------------------------------
+
+
+def test_blocks_before_place_send_nothing_at_all():
+    for rows in (EventRows(), one_row()):
+        with pytest.raises(ValueError, match="place"):
+            next(rows.blocks())
+
+
+@pytest.mark.parametrize("block_size", [0, -1, -(2**40)])
+def test_a_block_has_a_size(block_size):
+    rows = one_row()
+    rows.place(1, plain_python.encode_bigint_array([0]), NOW)
+    with pytest.raises(ValueError, match="positive"):
+        next(rows.blocks(block_size))
+
+
+def test_a_block_may_be_larger_than_everything():
+    rows = one_row()
+    rows.place(1, plain_python.encode_bigint_array([0]), NOW)
+    assert len(list(rows.blocks(2**63 - 1))) == 3
+    for wrong in (1.5, None, "1"):
+        with pytest.raises(TypeError):
+            next(rows.blocks(wrong))
+
+
+def change_by_adding(rows):
+    rows.add(b"f" * 16, A, "name", 1, b"{}")
+
+
+def change_by_adding_and_placing(rows):
+    rows.add(b"f" * 16, A, "name", 1, b"{}")
+    rows.place(2, plain_python.encode_bigint_array([5]), NOW)
+
+
+def change_by_placing_elsewhere(rows):
+    rows.place(2, plain_python.encode_bigint_array([5]), NOW)
+
+
+def change_by_a_place_that_fails(rows):
+    with pytest.raises(MalformedRow):
+        rows.place(2, b"", NOW)
+
+
+def change_by_replacing_all(rows):
+    rows.clear()
+    rows.add(b"z" * 16, A, "name", 1, b"{}")
+    rows.place(2, plain_python.encode_bigint_array([5]), NOW)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_by_adding,
+        change_by_adding_and_placing,
+        change_by_placing_elsewhere,
+        change_by_a_place_that_fails,
+        change_by_replacing_all,
+        EventRows.clear,
+    ],
+)
+@pytest.mark.parametrize("blocks_sent", [1, 2, 5])
+def test_rows_that_change_while_they_are_sent_stop_the_sending(change, blocks_sent):
+    rows = one_row()
+    rows.place(1, plain_python.encode_bigint_array([0]), NOW)
+    blocks = rows.blocks(rows.byte_count // 4 + 1)  # header, four blocks, trailer
+    for _ in range(blocks_sent):
+        next(blocks)
+    change(rows)
+    with pytest.raises(RuntimeError, match="while they were being sent"):
+        next(blocks)
+    assert list(blocks) == []
+
+
+def test_two_sendings_at_once_do_not_disturb_each_other():
+    rows = rows_of(THREE_STREAMS)
+    rows.place(1, THREE_HEADS, NOW)
+    pairs = list(zip(rows.blocks(100), rows.blocks(100), strict=True))
+    assert all(left == right for left, right in pairs)
+
+
+def test_an_unfinished_sending_can_be_dropped():
+    rows = one_row()
+    rows.place(1, plain_python.encode_bigint_array([0]), NOW)
+    blocks = rows.blocks(1)
+    next(blocks)
+    blocks.close()
+    blocks = rows.blocks(1)
+    next(blocks)
+    del blocks, rows
+
+
+@pytest.mark.parametrize("index", [-1, 1, 2, 2**62, -(2**63)])
+def test_there_is_no_row_outside(index):
+    with pytest.raises(IndexError):
+        one_row().row(index)
+    with pytest.raises(IndexError):
+        EventRows().row(0)
+
+
+def test_cleared_rows_are_as_good_as_new():
+    rows = rows_of(THREE_STREAMS)
+    rows.place(1, THREE_HEADS, NOW)
+    rows.clear()
+    assert state_of(rows) == state_of(EventRows())
+    for event in THREE_STREAMS:
+        rows.add(event.event_id.bytes, event.stream_id.bytes, event.event_name, event.event_version, event.payload)
+    rows.place(1, THREE_HEADS, NOW)
+    fresh = rows_of(THREE_STREAMS)
+    fresh.place(1, THREE_HEADS, NOW)
+    assert state_of(rows) == state_of(fresh)
+
+
+def test_rows_added_after_place_must_be_placed_again():
+    rows = one_row()
+    rows.place(1, plain_python.encode_bigint_array([0]), NOW)
+    rows.add(b"f" * 16, A, "name", 1, b"{}")
+    with pytest.raises(ValueError, match="place"):
+        next(rows.blocks())
+    rows.place(1, plain_python.encode_bigint_array([1]), NOW)
+    versions = [plain_python.decode_row(rows.row(n)).stream_version for n in (0, 1)]
+    assert versions == [0, 1]
+
+
+# --- Memory ---------------------------------------------------------------------------------------------------------
+
+
+def test_encoding_keeps_no_memory_not_even_when_it_fails():
+    def encode():
+        rows = rows_of(THREE_STREAMS)
+        rows.stream_arrays()
+        rows.place(1, THREE_HEADS, NOW)
+        for _ in rows.blocks(100):
+            pass
+        for field, bad in (("event_name", "a\0"), ("event_name", "\ud800"), ("created_at", 5), ("payload", "x")):
+            try:
+                rows.add(**{**GOOD, field: bad})
+            except (ValueError, TypeError):
+                continue
+            raise AssertionError
+        with contextlib.suppress(MalformedRow):
+            rows.place(1, b"x", NOW)
+        rows.clear()
+
+    assert kept_bytes(encode) == 0
+
+
+if __name__ == "__main__":
+    run_out_of_memory()

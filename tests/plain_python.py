@@ -1,0 +1,262 @@
+"""The plain twins of the compiled core: slow, obvious, and the oracle of its tests. Never shipped.
+
+Nothing here imports the core. What PostgreSQL expects is written down a second time, field by field, with ``struct``.
+"""
+
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from uuid import UUID
+
+EVENT_COLUMNS = (
+    "transaction_no",
+    "sequence_no",
+    "event_id",
+    "stream_id",
+    "stream_version",
+    "created_at",
+    "event_version",
+    "correlation_id",
+    "event_name",
+    "payload",
+    "metadata",
+)
+
+EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
+UUID_OID = 2950
+BIGINT_OID = 20
+
+
+# --- Cursor ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, order=True)
+class PlainCursor:
+    """A place in the total order: transaction first, then the number within it."""
+
+    transaction_no: int
+    sequence_no: int
+
+    def __post_init__(self) -> None:
+        for number, bits in ((self.transaction_no, 63), (self.sequence_no, 31)):
+            if type(number) is bool or not isinstance(number, int):
+                raise TypeError(f"not an int: {number!r}")
+            if number < 0 or number >= 2**bits:
+                raise ValueError(f"out of range: {number}")
+
+    def __hash__(self) -> int:
+        """The number that the core computes in 64-bit registers, here with an explicit mask."""
+        mask = 2**64 - 1
+        mixed = (self.transaction_no * 0x9E3779B97F4A7C15 + self.sequence_no) & mask
+        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        mixed = mixed ^ (mixed >> 31)
+        signed = mixed - 2**64 if mixed >= 2**63 else mixed
+        return -2 if signed == -1 else signed
+
+    def __str__(self) -> str:
+        return f"{self.transaction_no}:{self.sequence_no}"
+
+    @staticmethod
+    def parse(text: str) -> "PlainCursor":
+        transaction_no, colon, sequence_no = text.partition(":")
+        if colon != ":":
+            raise ValueError(f"no colon: {text!r}")
+        cursor = PlainCursor(int(transaction_no), int(sequence_no))
+        if str(cursor) != text:  # int() takes blanks, signs, underscores, leading zeros and foreign digits
+            raise ValueError(f"not what str() writes: {text!r}")
+        return cursor
+
+    def to_dict(self) -> dict[str, int]:
+        return {"transaction_no": self.transaction_no, "sequence_no": self.sequence_no}
+
+
+# --- Events ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PlainNewEvent:
+    """What ``EventRows.add`` is given."""
+
+    event_id: UUID
+    stream_id: UUID
+    event_name: str
+    event_version: int
+    payload: bytes
+    created_at: datetime | None = None
+    correlation_id: UUID | None = None
+    metadata: bytes | None = None
+
+
+@dataclass(frozen=True)
+class PlainEvent:
+    """An event at its place in the log, one attribute a column, in the order of EVENT_COLUMNS."""
+
+    transaction_no: int
+    sequence_no: int
+    event_id: UUID
+    stream_id: UUID
+    stream_version: int
+    created_at: datetime
+    event_version: int
+    correlation_id: UUID | None
+    event_name: str
+    payload: bytes
+    metadata: bytes | None
+
+
+def place(
+    events: list[PlainNewEvent], transaction_no: int, head_versions: dict[UUID, int], now: datetime
+) -> list[PlainEvent]:
+    """Number *events* so that each stream's last one gets its head version."""
+    placed = []
+    for sequence_no, event in enumerate(events):
+        later_in_stream = [other for other in events[sequence_no + 1 :] if other.stream_id == event.stream_id]
+        placed.append(
+            PlainEvent(
+                transaction_no=transaction_no,
+                sequence_no=sequence_no,
+                event_id=event.event_id,
+                stream_id=event.stream_id,
+                stream_version=head_versions[event.stream_id] - len(later_in_stream),
+                created_at=now if event.created_at is None else event.created_at,
+                event_version=event.event_version,
+                correlation_id=event.correlation_id,
+                event_name=event.event_name,
+                payload=event.payload,
+                metadata=event.metadata,
+            )
+        )
+    return placed
+
+
+# --- Rows of a binary COPY ------------------------------------------------------------------------------------------
+
+
+def encode_row(event: PlainEvent) -> bytes:
+    """One row: an int16 column count, then each value behind its int32 length, -1 for NULL."""
+    microseconds = (event.created_at - EPOCH) // timedelta(microseconds=1)
+    values = [
+        struct.pack("!q", event.transaction_no),
+        struct.pack("!i", event.sequence_no),
+        event.event_id.bytes,
+        event.stream_id.bytes,
+        struct.pack("!q", event.stream_version),
+        struct.pack("!q", microseconds),
+        struct.pack("!i", event.event_version),
+        None if event.correlation_id is None else event.correlation_id.bytes,
+        event.event_name.encode("utf-8"),
+        event.payload,
+        event.metadata,
+    ]
+    return encode_values(values)
+
+
+def encode_values(values: list[bytes | None]) -> bytes:
+    """A row of any values, also of such as make no event."""
+    row = struct.pack("!h", len(values))
+    for value in values:
+        if value is None:
+            row += struct.pack("!i", -1)
+        else:
+            row += struct.pack("!i", len(value)) + value
+    return row
+
+
+def encode_copy(rows: Iterable[bytes]) -> bytes:
+    """The whole stream of a COPY: signature, no flags, no header extension; the rows; an end marker."""
+    return b"PGCOPY\n\xff\r\n\0" + struct.pack("!ii", 0, 0) + b"".join(rows) + struct.pack("!h", -1)
+
+
+def decode_row(row: bytes) -> PlainEvent:
+    """Read what ``encode_row`` wrote. Raises ValueError for anything else."""
+    return decode_values(split_row(row))
+
+
+def split_row(row: bytes) -> list[bytes | None]:
+    """Return the values of a row. Raises ValueError."""
+    if len(row) < 2:
+        raise ValueError("no column count")
+    (column_count,) = struct.unpack("!h", row[:2])
+    if column_count != len(EVENT_COLUMNS):
+        raise ValueError(f"{column_count} columns")
+    rest = row[2:]
+    values: list[bytes | None] = []
+    for column in EVENT_COLUMNS:
+        if len(rest) < 4:
+            raise ValueError(f"no length of {column}")
+        (length,) = struct.unpack("!i", rest[:4])
+        rest = rest[4:]
+        if length == -1:
+            values.append(None)
+            continue
+        if length < 0 or length > len(rest):
+            raise ValueError(f"{column} cannot take {length} bytes")
+        values.append(rest[:length])
+        rest = rest[length:]
+    if rest:
+        raise ValueError(f"{len(rest)} bytes too many")
+    return values
+
+
+def decode_values(values: list[bytes | None]) -> PlainEvent:
+    """Make an event of the values of a row. Raises ValueError."""
+    value_of = dict(zip(EVENT_COLUMNS, values, strict=True))
+
+    def required(column: str, length: int | None = None) -> bytes:
+        value = value_of[column]
+        if value is None:
+            raise ValueError(f"{column} is NULL")
+        if length is not None and len(value) != length:
+            raise ValueError(f"{column} takes {len(value)} bytes")
+        return value
+
+    def number(column: str, length: int) -> int:
+        result = int.from_bytes(required(column, length), "big", signed=True)
+        if result < 0:
+            raise ValueError(f"{column} is negative")
+        return result
+
+    microseconds = int.from_bytes(required("created_at", 8), "big", signed=True)
+    try:
+        created_at = EPOCH + timedelta(microseconds=microseconds)
+    except OverflowError as error:
+        raise ValueError("created_at is no datetime") from error
+
+    return PlainEvent(
+        transaction_no=number("transaction_no", 8),
+        sequence_no=number("sequence_no", 4),
+        event_id=UUID(bytes=required("event_id", 16)),
+        stream_id=UUID(bytes=required("stream_id", 16)),
+        stream_version=number("stream_version", 8),
+        created_at=created_at,
+        event_version=number("event_version", 4),
+        correlation_id=None if value_of["correlation_id"] is None else UUID(bytes=required("correlation_id", 16)),
+        event_name=required("event_name").decode("utf-8"),  # a UnicodeDecodeError is a ValueError
+        payload=required("payload"),
+        metadata=value_of["metadata"],
+    )
+
+
+def in_utc(event: PlainEvent) -> PlainEvent:
+    """The same event with its time written in UTC, as a decoder returns it."""
+    return replace(event, created_at=event.created_at.astimezone(UTC))
+
+
+# --- Arrays ---------------------------------------------------------------------------------------------------------
+
+
+def encode_uuid_array(ids: list[UUID]) -> bytes:
+    return _encode_array(UUID_OID, [one.bytes for one in ids])
+
+
+def encode_bigint_array(numbers: list[int]) -> bytes:
+    return _encode_array(BIGINT_OID, [struct.pack("!q", number) for number in numbers])
+
+
+def _encode_array(element_oid: int, elements: list[bytes]) -> bytes:
+    """One dimension, no NULLs, the element type; length and lower bound 1; each element behind its length."""
+    array = struct.pack("!iiIii", 1, 0, element_oid, len(elements), 1)
+    for element in elements:
+        array += struct.pack("!i", len(element)) + element
+    return array
