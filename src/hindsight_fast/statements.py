@@ -7,11 +7,14 @@ plan the whole table was sorted.
 
 from __future__ import annotations
 
-from typing import Final, LiteralString
+from typing import TYPE_CHECKING, Final, LiteralString
 
 from psycopg import sql
 
 from ._core import EVENT_COLUMNS
+
+if TYPE_CHECKING:
+    from psycopg.abc import AdaptContext
 
 # Where a page begins: strictly behind a cursor. A row comparison, because only that is one range of the primary key.
 BEHIND_CURSOR: Final = "(e.transaction_no, e.sequence_no) > (%s::bigint, %s::integer)"
@@ -100,12 +103,21 @@ TABLE_SIZES: Final = """
 """
 
 
+class _Escaped(sql.Composable):
+    """SQL text that is already quoted, with its per cent signs doubled."""
+
+    def as_bytes(self, context: AdaptContext | None = None) -> bytes:
+        return str(self._obj).replace("%", "%%").encode()
+
+
 class Statements:
-    """The statements of one schema, composed once."""
+    """The statements of one schema, composed once. Run them with parameters, be it an empty tuple: %% then means %."""
 
     def __init__(self, schema: str) -> None:
         self.schema = schema
-        self._schema = sql.Identifier(schema)
+        self._identifier = sql.Identifier(schema)
+        # A name may hold %s, which psycopg would take for a parameter.
+        self._schema = _Escaped(self.quoted_schema)
         self._columns = sql.SQL(", ").join(sql.Identifier("e", column) for column in EVENT_COLUMNS)
         self.stream_version = self._compose(STREAM_VERSION)
         self.read_barrier = self._compose(READ_BARRIER)
@@ -114,8 +126,11 @@ class Statements:
         self.store_meta = self._compose(STORE_META)
         self.advance_sequence = self._compose(ADVANCE_SEQUENCE)
         self.begin_copy = self._compose(BEGIN_COPY)
-        self.copy_events = self._compose(
-            COPY_EVENTS, columns=sql.SQL(", ").join(sql.Identifier(column) for column in EVENT_COLUMNS)
+        # The one that goes without parameters.
+        self.copy_events = (
+            sql.SQL(COPY_EVENTS)
+            .format(schema=self._identifier, columns=sql.SQL(", ").join(map(sql.Identifier, EVENT_COLUMNS)))
+            .as_bytes(None)
         )
         self.check_writable = self._compose(CHECK_WRITABLE)
         self.start_import = self._compose(START_IMPORT)
@@ -126,7 +141,7 @@ class Statements:
     @property
     def quoted_schema(self) -> str:
         """The schema's name as SQL text and as ``to_regclass`` reads it."""
-        return self._schema.as_string(None)
+        return self._identifier.as_string(None)
 
     def log_page(self, conditions: list[LiteralString], limit: int) -> bytes:
         return self._compose(

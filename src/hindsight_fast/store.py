@@ -208,6 +208,7 @@ class EventStore:
         """Return the place of the last event that every reader may see, or None in an empty store."""
         with self._connection() as connection:
             bound = self._ask(connection, self._statements.read_barrier).fetchone()
+            assert bound is not None
             row = self._ask(connection, self._statements.head, bound).fetchone()
         return None if row is None else Cursor(*row)
 
@@ -272,9 +273,7 @@ class EventStore:
                 if not connection.closed:
                     connection.autocommit = False
 
-    def _ask(
-        self, connection: Connection, statement: bytes, parameters: Sequence[Any] | None = None
-    ) -> psycopg.Cursor[Any]:
+    def _ask(self, connection: Connection, statement: bytes, parameters: Sequence[Any] = ()) -> psycopg.Cursor[Any]:
         """Run a statement in binary format. Raises SchemaError where the tables are missing."""
         # A cursor of our own making: a connection may bring another class, and another row factory.
         cursor = psycopg.Cursor(connection, row_factory=tuple_row)
@@ -299,7 +298,7 @@ class EventStore:
         row = cursor.execute(FOUND_TABLE, (f"{self._statements.quoted_schema}.store_meta",)).fetchone()
         if row is None or row[0] is None:
             return None
-        row = cursor.execute(self._statements.found_layout).fetchone()
+        row = cursor.execute(self._statements.found_layout, ()).fetchone()
         return None if row is None else int(row[0])
 
     def _prepare_to_write(self, connection: Connection) -> StoreMeta:
