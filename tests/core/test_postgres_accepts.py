@@ -309,7 +309,7 @@ def test_events_outlive_their_result(connection):
     decoded = decode_result(result, no_payload, result_reader())
     result.clear()
     del result
-    connection.execute("SELECT repeat('x', 10_000_000)")  # into the memory that was given back
+    connection.execute("SELECT repeat('x', 10000000)")  # into the memory that was given back
     assert [(event.name, event.data) for event in decoded] == [(f"{n}", b"[%d]" % n) for n in range(1, 5001)]
 
 
