@@ -3,9 +3,13 @@
 import array
 import contextlib
 import copy
+import ctypes
 import gc
+import os
 import pickle
+import signal
 import struct
+import subprocess
 import sys
 from dataclasses import fields, replace
 from datetime import UTC, datetime, timedelta
@@ -21,9 +25,10 @@ import plain_python
 from compiled_core import no_payload, rows_of, seen
 from event_strategies import events
 from hindsight_fast import _core
-from hindsight_fast._core import Cursor, RecordedEvent, ResultReader, decode_result, decode_row
+from hindsight_fast._core import Cursor, EventRows, RecordedEvent, ResultReader, decode_result, decode_row
 from hindsight_fast.errors import HindsightError, MalformedRow
 from leaks import kept_bytes
+from locked_page import BytesBeforeLockedPage
 from plain_python import EVENT_COLUMNS, PlainEvent, PlainNewEvent
 
 EVENT = PlainEvent(
@@ -149,6 +154,40 @@ def test_every_prefix_of_a_row_is_malformed(row):
             decode_row(row[:size], no_payload)
         with pytest.raises(MalformedRow):  # of a longer buffer: what follows must not be read
             decode_row(memoryview(row)[:size], no_payload)
+
+
+def run_this_file_as(job):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run([sys.executable, __file__, job], timeout=60, env=environment, capture_output=True)
+
+
+def test_no_byte_behind_a_row_is_read():
+    # In a process of its own, which a byte too many would kill.
+    done = run_this_file_as("before a locked page")
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_byte_too_many_would_have_been_noticed():
+    done = run_this_file_as("into a locked page")
+    assert done.stdout == b"reading on\n"
+    assert done.returncode == -signal.SIGSEGV or b"AddressSanitizer: SEGV" in done.stderr
+
+
+def read_rows_before_a_locked_page():
+    before = BytesBeforeLockedPage()
+    for row in (ROW, BARE_ROW, EMPTY_ROW):
+        assert decode_both_ways(before.view(row)) == plain_python.decode_row(row)
+        for size in range(len(row)):
+            with pytest.raises(MalformedRow):
+                decode_row(before.view(row[:size]), no_payload)
+    rows = EventRows()
+    for size in range(200):
+        rows.add(b"e" * 16, b"s" * 16, "name", 1, before.view(b"x" * size), None, None, before.view(b"x" * size))
+    heads = plain_python.encode_bigint_array([199])
+    rows.place(1, before.view(heads), EVENT.created_at)
+    for size in range(len(heads)):
+        with pytest.raises(MalformedRow):
+            rows.place(1, before.view(heads[:size]), EVENT.created_at)
 
 
 @pytest.mark.parametrize("row", [ROW, BARE_ROW, EMPTY_ROW], ids=["full", "bare", "empty"])
@@ -568,3 +607,11 @@ def test_an_event_holds_its_decoder_and_lets_it_go():
     del kept
     gc.collect()
     assert sys.getrefcount(decode_payload) == before
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "before a locked page":
+        read_rows_before_a_locked_page()
+    else:
+        print("reading on", flush=True)
+        ctypes.string_at(BytesBeforeLockedPage().locked_address - 1, 2)
