@@ -254,10 +254,31 @@ def test_a_huge_name_is_only_a_long_text():
     assert plain_python.decode_row(rows.row(0)).event_name == name
 
 
+def run_this_file_as(job, **environment):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
+    done = subprocess.run([sys.executable, __file__, job], timeout=60, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_an_add_that_finds_no_memory_leaves_the_rows_as_they_were():
     # In a process of its own, whose address space is closed after the first row.
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, __file__], check=True, timeout=60, env=environment)
+    run_this_file_as("run out of memory")
+
+
+def test_no_byte_behind_a_buffer_is_written():
+    # The debug allocator puts guard bytes behind every block and ends the process if they have changed.
+    run_this_file_as("write long rows", PYTHONMALLOC="debug")
+
+
+def write_long_rows():
+    for size in range(4096 - 150, 4096 + 150):
+        # First a row about as long as the smallest buffer, then one for which growing by half is not enough.
+        for sizes in ((size,), (size, 3 * size), (1, size), (size, 2 * size, 1)):
+            events = [PlainNewEvent(UUID(int=n), UUID(int=1), "name", 1, b"x" * size) for n, size in enumerate(sizes)]
+            rows = rows_of(events)
+            rows.place(1, plain_python.encode_bigint_array([len(sizes) - 1]), NOW)
+            rows.stream_arrays()
+            rows.clear()
 
 
 def run_out_of_memory():
@@ -276,8 +297,13 @@ def run_out_of_memory():
         else:
             raise AssertionError("there was memory after all")
         assert state_of(rows) == before
-    rows.add(b"f" * 16, B, "name", 1, b"{}")
-    assert len(rows) == 2
+    # And what comes after it is stored as if nothing had happened.
+    fresh = one_row()
+    for other in (rows, fresh):
+        other.add(b"f" * 16, B, "name", 1, b"{}")
+        other.add(b"g" * 16, A, "name", 1, b"{}")
+        other.place(7, plain_python.encode_bigint_array([31, 42]), NOW)
+    assert state_of(rows) == state_of(fresh)
 
 
 # --- What a payload may be ------------------------------------------------------------------------------------------
@@ -618,4 +644,4 @@ def test_encoding_keeps_no_memory_not_even_when_it_fails():
 
 
 if __name__ == "__main__":
-    run_out_of_memory()
+    {"run out of memory": run_out_of_memory, "write long rows": write_long_rows}[sys.argv[1]]()
