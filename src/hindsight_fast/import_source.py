@@ -172,8 +172,10 @@ class LineSource:
             yield from self._joined(self._lines)
             return
         assert self._file is not None
+        # What is there now, of a buffered pipe: read() would wait for a whole block.
+        read = getattr(self._file, "read1", self._file.read)
         while not self._stopping.is_set():
-            block = self._file.read(BLOCK_BYTES)
+            block = read(BLOCK_BYTES)
             if not isinstance(block, bytes):
                 raise TypeError(f"{self.name} gives {type(block).__name__}: open it in binary mode")
             if not block:

@@ -318,8 +318,7 @@ class ChunkWriter:
         first, new_streams = None, 0
         # Ends on every error, so that no lock outlives this call.
         with self._connection.transaction():
-            if len(chunk.rows):
-                first, new_streams = self._copy(chunk, meanwhile)
+            # First, so that a rival is met here and not at its events' ids: it waits, and then finds the row moved.
             moved = self._execute(
                 self._statements.move_import,
                 (
@@ -329,6 +328,8 @@ class ChunkWriter:
             )  # fmt: skip
             if moved.rowcount != 1:
                 raise self._failed(f"another process runs the import {self._import_id!r}, and has moved on", chunk)
+            if len(chunk.rows):
+                first, new_streams = self._copy(chunk, meanwhile)
             # Last, in a snapshot of its own: what was committed while this append waited for its locks counts too.
             self._execute(self._statements.check_writable, (LAYOUT, self._generation))
         return first, new_streams
