@@ -7,6 +7,7 @@ Their plain Python twins are the oracle of the tests and are not shipped.
 """
 
 cimport cython
+from cpython cimport datetime as c_datetime
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
 from cpython.object cimport Py_EQ, Py_GE, Py_GT, Py_LE, Py_LT, Py_NE, PyTypeObject
@@ -14,7 +15,7 @@ from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.stdint cimport int16_t, int32_t, int64_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memchr, memcmp, memcpy
 
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from os import fsencode
 from types import GenericAlias
 from uuid import UUID, SafeUUID
@@ -34,6 +35,8 @@ __all__ = [
     "decode_result",
     "decode_row",
 ]
+
+c_datetime.import_datetime()
 
 include "cursor.pxi"
 include "wire.pxi"

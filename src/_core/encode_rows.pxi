@@ -34,9 +34,20 @@ cdef object MAX_EVENT_VERSION = 2**31 - 1
 cdef object EPOCH = datetime(2000, 1, 1, tzinfo=timezone.utc)  # where PostgreSQL's microseconds count from
 cdef int64_t FIRST_DAY = (datetime.min - datetime(2000, 1, 1)).days
 cdef int64_t LAST_DAY = (datetime.max - datetime(2000, 1, 1)).days
-cdef object timedelta_days = timedelta.days.__get__
-cdef object timedelta_seconds = timedelta.seconds.__get__
-cdef object timedelta_microseconds = timedelta.microseconds.__get__
+cdef object UTC = timezone.utc
+
+
+cdef inline int64_t days_since_2000(int64_t year, int month, int day) noexcept:
+    """Days from 2000-01-01 to a day of the years 1 to 9999 in the proleptic Gregorian calendar.
+
+    After Howard Hinnant's days_from_civil: years that begin in March, in eras of 400 years.
+    """
+    cdef int64_t march_year = year - (month <= 2)
+    cdef int64_t era = march_year // 400
+    cdef int64_t year_of_era = march_year - era * 400
+    cdef int64_t day_of_year = (153 * (month - 3 if month > 2 else month + 9) + 2) // 5 + day - 1
+    cdef int64_t day_of_era = year_of_era * 365 + year_of_era // 4 - year_of_era // 100 + day_of_year
+    return era * 146_097 + day_of_era - 730_425
 
 
 cdef int64_t to_microseconds(object moment) except? -1:
@@ -46,16 +57,26 @@ cdef int64_t to_microseconds(object moment) except? -1:
     """
     if not isinstance(moment, datetime):
         raise TypeError(f"created_at must be a datetime, not {type(moment).__name__}")
+    if c_datetime.datetime_tzinfo(moment) is UTC:
+        # By far the most common zone, and five times as fast as subtracting.
+        return (
+            days_since_2000(
+                c_datetime.datetime_year(moment), c_datetime.datetime_month(moment), c_datetime.datetime_day(moment)
+            ) * 86_400_000_000
+            + c_datetime.datetime_hour(moment) * 3_600_000_000LL + c_datetime.datetime_minute(moment) * 60_000_000LL
+            + c_datetime.datetime_second(moment) * 1_000_000LL + c_datetime.datetime_microsecond(moment)
+        )
     if moment.utcoffset() is None:
         raise ValueError(f"created_at must carry a time zone: {moment.isoformat()} does not")
     since = moment - EPOCH
     # An offset can carry a datetime out of its own range: 9999-12-31T12:00-14:00 is a moment of the year 10000.
     # PostgreSQL would store it, and every later read of the event would fail.
-    cdef int64_t days = timedelta_days(since)
+    cdef int64_t days = c_datetime.timedelta_days(since)
     if not FIRST_DAY <= days <= LAST_DAY:
         raise ValueError(f"{moment.isoformat()} lies outside the years 1 to 9999 in UTC")
     return (
-        days * 86_400_000_000 + <int64_t>timedelta_seconds(since) * 1_000_000 + <int64_t>timedelta_microseconds(since)
+        days * 86_400_000_000 + c_datetime.timedelta_seconds(since) * 1_000_000LL
+        + c_datetime.timedelta_microseconds(since)
     )
 
 
