@@ -14,7 +14,7 @@ CORE = Path(__file__).resolve().parents[1] / "src" / "_core"
 LAYERS = [
     {"errors"},
     {"_core"},
-    {"streams", "schema", "connecting", "import_source"},  # values, and rooms without a neighbour
+    {"streams", "schema", "connecting", "import_source", "progress"},  # values, and rooms without a neighbour
     {"statements", "results", "import_lines", "demo_events"},
     {"reading"},
     {"importer", "embedded"},
