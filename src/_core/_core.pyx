@@ -15,7 +15,7 @@ from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.stdint cimport int16_t, int32_t, int64_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memchr, memcmp, memcpy
 
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from os import fsencode
 from types import GenericAlias
 from uuid import UUID, SafeUUID

@@ -69,6 +69,9 @@ cdef int64_t to_microseconds(object moment) except? -1:
     if moment.utcoffset() is None:
         raise ValueError(f"created_at must carry a time zone: {moment.isoformat()} does not")
     since = moment - EPOCH
+    # A subclass of datetime may subtract as it likes, and what is read below is memory, unchecked.
+    if not isinstance(since, timedelta):
+        raise TypeError(f"{type(moment).__name__} minus a datetime is no timedelta but {type(since).__name__}")
     # An offset can carry a datetime out of its own range: 9999-12-31T12:00-14:00 is a moment of the year 10000.
     # PostgreSQL would store it, and every later read of the event would fail.
     cdef int64_t days = c_datetime.timedelta_days(since)

@@ -17,9 +17,9 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 import plain_python
-from compiled_core import event_counts, head_array, rows_of
+from compiled_core import event_counts, head_array, no_payload, rows_of
 from event_strategies import FIRST_MOMENT, LAST_MOMENT, moments, new_events
-from hindsight_fast._core import COPY_HEADER, COPY_TRAILER, EVENT_COLUMNS, EventRows
+from hindsight_fast._core import COPY_HEADER, COPY_TRAILER, EVENT_COLUMNS, EventRows, decode_row
 from hindsight_fast.errors import MalformedRow
 from leaks import kept_bytes
 from plain_python import PlainNewEvent
@@ -129,6 +129,40 @@ def test_every_moment_of_the_years_1_to_9999_survives_to_the_microsecond(moment)
     rows.place(1, plain_python.encode_bigint_array([1]), moment)
     assert plain_python.decode_row(rows.row(0)).created_at == moment
     assert plain_python.decode_row(rows.row(1)).created_at == moment
+
+
+def test_the_calendar_is_right_around_every_turn_of_year_and_month():
+    # In UTC, which the core converts by a calendar of its own, and an hour off, which datetime converts.
+    days = [
+        datetime(year, month, day, 23, 59, 59, 999999)
+        for year in range(1, 10_000)
+        for month, day in ((1, 1), (2, 28), (3, 1), (12, 31))
+    ]
+    days += [datetime(year, 2, 29) for year in range(4, 10_000, 4) if year % 100 or not year % 400]
+    days += [datetime(year, month, 1) for year in (1, 1900, 1999, 2000, 2001, 9999) for month in range(1, 13)]
+    an_hour_off = timezone(timedelta(hours=1))
+    expected = [day.replace(tzinfo=UTC) for day in days]
+    expected += [day.replace(tzinfo=an_hour_off) for day in days if day.year > 1]
+    rows = EventRows()
+    for moment in expected:
+        rows.add(b"e" * 16, A, "name", 1, b"{}", moment)
+    for n, moment in enumerate(expected):
+        assert plain_python.decode_row(rows.row(n)).created_at == moment
+        assert decode_row(rows.row(n), no_payload).created_at == moment
+
+
+@pytest.mark.parametrize("answer", [None, 5, 1.5, "", b"", [], NOW, object()])
+def test_a_datetime_that_subtracts_to_something_else_is_refused(answer):
+    # Once read as a timedelta without a look: other memory was stored as the event's time.
+    class Odd(datetime):
+        def __sub__(self, other):
+            return answer
+
+    rows = one_row()
+    before = state_of(rows)
+    with pytest.raises(TypeError, match="no timedelta"):
+        rows.add(b"e" * 16, A, "name", 1, b"{}", Odd(2024, 1, 1, tzinfo=timezone(timedelta(hours=1))))
+    assert state_of(rows) == before
 
 
 @pytest.mark.parametrize(
