@@ -20,8 +20,9 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from hindsight_fast.embedded import EmbeddedServer, Installation, find_installations
+from hindsight_fast.embedded import EmbeddedServer
 from hindsight_fast.errors import EmbeddedServerError
+from hindsight_fast.installations import Installation, find_installations
 
 REAL_DATA_FOLDER = Path(__file__).resolve().parents[2] / "shared" / "data"
 

