@@ -124,6 +124,8 @@ def test_wrong_arguments_are_refused_before_anything_is_asked() -> None:
         (lambda: store.read(after=(1, 2)), TypeError),  # type: ignore[arg-type]
         (lambda: store.read(event_types="placed"), TypeError),
         (lambda: store.read(event_types=[1]), TypeError),  # type: ignore[list-item]
+        (lambda: store.read(event_types=["\ud800"]), ValueError),
+        (lambda: store.read(event_types=["a\0"]), ValueError),
         (lambda: store.read(stream_id="s"), TypeError),  # type: ignore[arg-type]
         (lambda: store.read(correlation_id="s"), TypeError),  # type: ignore[arg-type]
         (lambda: store.read(limit=-1), ValueError),

@@ -6,7 +6,6 @@ import io
 import os
 import re
 import shlex
-import stat
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
-from typing import Any, BinaryIO, Final, Literal, NoReturn, ParamSpec, TypeVar, cast
+from typing import Any, Final, Literal, NoReturn, ParamSpec, TypeVar
 from uuid import UUID
 
 import click
@@ -29,7 +28,6 @@ from .demo import DATABASE as DEMO_DATABASE
 from .demo import default_data_dir, run_demo
 from .embedded import EmbeddedServer
 from .errors import HindsightError, ImportFailed, SchemaError
-from .import_source import ImportSource
 from .importer import ImportProgress, ImportReport, check_import_id
 from .progress import EventProgress
 from .schema import LAYOUT, check_schema_name, schema_sql
@@ -222,7 +220,7 @@ def commands() -> None:
 
 
 @commands.command()
-@click.option("--events", type=click.IntRange(min=1), default=100_000, show_default=True, metavar="N")
+@click.option("--events", type=click.IntRange(min=1), default=1_000_000, show_default=True, metavar="N")
 @click.option(
     "--embedded", "folder", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
     help="Where to keep the data.  [default: a folder of its own; its path is shown]",
@@ -305,17 +303,16 @@ def _run_import(
     stored = before.events if before is not None else 0
     if before is not None:
         _say(f"going on behind line {before.lines:,}: {stored:,} events are stored already")
-    content, size = _source(file)
-    progress = EventProgress("importing", size, events=stored)
+    progress = EventProgress("importing", None, events=stored)
 
     def show(done: ImportProgress) -> None:
         nonlocal stored
         stored = done.events
-        progress.show(done.events, done.source_bytes_read)
+        progress.show(done.events, done.source_bytes_read, done.source_size)
 
     try:
         with progress:
-            return store.import_events(content, import_id=import_id, chunk_size=chunk_size, progress=show)
+            return store.import_events(file, import_id=import_id, chunk_size=chunk_size, progress=show)
     except KeyboardInterrupt:
         same_input = ", with the same input," if file == "-" else ""
         _interrupted(
@@ -333,32 +330,6 @@ def _checked_name(file: str) -> str:
         return check_import_id(os.path.basename(file))
     except ValueError as error:
         raise click.UsageError(f"the file's name is no import id ({error}): give --import-id ID") from None
-
-
-class _StandardInput:
-    """Standard input without Python's buffer, which would wait for a whole block, and be locked by a stuck reader."""
-
-    name = "<stdin>"
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-
-    def read(self, size: int) -> bytes:
-        return os.read(self._descriptor, size)
-
-
-def _source(file: str) -> tuple[ImportSource, int | None]:
-    """Return what to import, and its size in bytes if that is known beforehand."""
-    if file != "-":
-        return file, os.stat(file).st_size or None
-    if sys.stdin is None:
-        raise HindsightError("standard input is closed")
-    try:
-        descriptor = sys.stdin.fileno()
-    except (OSError, ValueError):  # not a real one
-        return "-", None
-    state = os.fstat(descriptor)
-    return cast(BinaryIO, _StandardInput(descriptor)), state.st_size if stat.S_ISREG(state.st_mode) else None
 
 
 def _import_dict(report: ImportReport) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import queue
+import stat
 import sys
 import threading
 import zlib
@@ -47,12 +48,13 @@ class LineSource:
         self._lines: Iterable[bytes] | None = None
         if isinstance(source, str) and source == "-":
             self.name = "<stdin>"
-            self._file = sys.stdin.buffer
+            self._file = _standard_input()
+            self.size = _size_of(self._file)
         elif isinstance(source, (str, os.PathLike)):
             self.name = os.fspath(source)
             self._file = open(source, "rb", buffering=0)  # noqa: SIM115 - closed by close()
             self._close_file = True
-            self.size = os.fstat(self._file.fileno()).st_size or None
+            self.size = _size_of(self._file)
         elif hasattr(source, "read"):
             self.name = str(getattr(source, "name", None) or f"<{type(source).__name__}>")
             self._file = cast(BinaryIO, source)
@@ -198,3 +200,22 @@ class LineSource:
         if gathered:
             self.bytes_read += size
             yield b"".join(gathered)
+
+
+def _standard_input() -> BinaryIO:
+    """Standard input without Python's buffer: a thread that waits in it holds its lock, and the interpreter's end aborts."""
+    if sys.stdin is None:
+        raise OSError("standard input is closed")
+    try:
+        return open(sys.stdin.fileno(), "rb", buffering=0, closefd=False)
+    except (OSError, ValueError):  # replaced by something without a descriptor
+        return sys.stdin.buffer
+
+
+def _size_of(file: BinaryIO) -> int | None:
+    """The bytes that a regular file holds; None for a pipe or what has no descriptor."""
+    try:
+        state = os.fstat(file.fileno())
+    except (OSError, ValueError):
+        return None
+    return state.st_size if stat.S_ISREG(state.st_mode) else None

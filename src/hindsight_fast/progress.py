@@ -21,7 +21,8 @@ WINDOW_S: Final = 10.0
 class EventProgress:
     """Shows how much is done, how many events, how many a second, the time left and the time elapsed.
 
-    *total* is what ``show()``'s *done* runs up to (bytes or events), None if unknown; *events* were there before.
+    *total* is what ``show()``'s *done* runs up to (bytes or events), None if that is not known or not yet; *events*
+    were there before.
     """
 
     def __init__(self, label: str, total: int | None, *, events: int = 0) -> None:
@@ -66,9 +67,10 @@ class EventProgress:
         if self._bar is not None:
             self._bar.stop()
 
-    def show(self, events: int, done: int) -> None:
-        """Tell that *events* are stored or read by now, and *done* of the total."""
+    def show(self, events: int, done: int, total: int | None = None) -> None:
+        """Tell that *events* are stored or read by now, and *done* of the total (of *total*, if it is known now)."""
         self._events = events
+        self._total = total or self._total
         now = time.monotonic()
         if self._bar is None and now < self._next_line_at:
             return
@@ -80,7 +82,7 @@ class EventProgress:
         if self._bar is None:
             self._say(numbers)
         else:
-            self._bar.update(self._task, completed=done, numbers=numbers)
+            self._bar.update(self._task, total=self._total, completed=done, numbers=numbers)
 
     def _numbers(self) -> str:
         (then, events_then, done_then), (now, events, done) = self._samples[0], self._samples[-1]

@@ -234,6 +234,9 @@ def check_event_names(event_types: Iterable[str] | None) -> list[str] | None:
     for name in names:
         if not isinstance(name, str):
             raise TypeError(f"event_types holds names, not {type(name).__name__}")
+        name.encode()  # a lone surrogate is a UnicodeEncodeError, which is a ValueError
+        if "\0" in name:
+            raise ValueError(f"no event's name holds a NUL character: {name!r}")
     return names
 
 
