@@ -203,7 +203,7 @@ class LineSource:
 
 
 def _standard_input() -> BinaryIO:
-    """Standard input without Python's buffer: a thread that waits in it holds its lock, and the interpreter's end aborts."""
+    """Standard input without Python's buffer: the interpreter's end aborts while a thread waits inside that."""
     if sys.stdin is None:
         raise OSError("standard input is closed")
     try:
