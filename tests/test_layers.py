@@ -77,7 +77,7 @@ def test_the_core_imports_only_errors_and_knows_no_driver() -> None:
     text = "\n".join(path.read_text(encoding="utf-8") for path in CORE.iterdir())
     lines = [line.strip() for line in text.splitlines() if line.strip().startswith(("import ", "from "))]
     package_imports = [line for line in lines if "hindsight_fast" in line]
-    assert package_imports == ["from hindsight_fast.errors import MalformedRow"]
+    assert package_imports == ["from hindsight_fast.errors import EventParseError, MalformedRow"]
     assert not [line for line in lines if "psycopg" in line or "socket" in line]
 
 

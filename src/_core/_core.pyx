@@ -20,9 +20,10 @@ from os import fsencode
 from types import GenericAlias
 from uuid import UUID, SafeUUID
 
+from msgspec import MsgspecError
 from msgspec.json import Decoder as JsonDecoder
 
-from hindsight_fast.errors import MalformedRow
+from hindsight_fast.errors import EventParseError, MalformedRow
 
 __all__ = [
     "COPY_HEADER",

@@ -166,7 +166,10 @@ cdef class RecordedEvent:
     def metadata(self):
         if not self.metadata_decoded:
             if self.metadata_json is not None:
-                self.metadata_ = decode_json(self.metadata_json)
+                try:
+                    self.metadata_ = decode_json(self.metadata_json)
+                except (MsgspecError, UnicodeDecodeError, RecursionError) as error:
+                    raise EventParseError.of(self, f"metadata: {error}") from error
             self.metadata_decoded = True
         return self.metadata_
 

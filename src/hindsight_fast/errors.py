@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from datetime import datetime
     from uuid import UUID
 
-    from ._core import Cursor
+    from ._core import Cursor, RecordedEvent
 
 
 class HindsightError(Exception):
@@ -63,7 +63,7 @@ class MalformedRow(HindsightError, ValueError):
 
 
 class EventParseError(HindsightError):
-    """A stored payload cannot be decoded; carries the attributes of its event and the ``reason``."""
+    """A stored payload or metadata cannot be decoded; carries the attributes of its event and the ``reason``."""
 
     def __init__(
         self,
@@ -91,6 +91,21 @@ class EventParseError(HindsightError):
         self.stream_version = stream_version
         self.correlation_id = correlation_id
         self.created_at = created_at
+
+    @classmethod
+    def of(cls, event: RecordedEvent, reason: str) -> EventParseError:
+        """Return the error for *event*."""
+        return cls(
+            reason,
+            cursor=event.cursor,
+            event_id=event.event_id,
+            name=event.name,
+            version=event.version,
+            stream_id=event.stream_id,
+            stream_version=event.stream_version,
+            correlation_id=event.correlation_id,
+            created_at=event.created_at,
+        )
 
 
 class ImportFailed(HindsightError):

@@ -40,17 +40,7 @@ def decode_payload(event: RecordedEvent) -> Any:
     try:
         return _decode_json(event.data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise EventParseError(
-            str(error),
-            cursor=event.cursor,
-            event_id=event.event_id,
-            name=event.name,
-            version=event.version,
-            stream_id=event.stream_id,
-            stream_version=event.stream_version,
-            correlation_id=event.correlation_id,
-            created_at=event.created_at,
-        ) from error
+        raise EventParseError.of(event, str(error)) from error
 
 
 def events_of(result: PGresult) -> list[RecordedEvent]:

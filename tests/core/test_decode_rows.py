@@ -26,7 +26,7 @@ from compiled_core import no_payload, rows_of, seen
 from event_strategies import events
 from hindsight_fast import _core
 from hindsight_fast._core import Cursor, EventRows, RecordedEvent, ResultReader, decode_result, decode_row
-from hindsight_fast.errors import HindsightError, MalformedRow
+from hindsight_fast.errors import EventParseError, HindsightError, MalformedRow
 from leaks import kept_bytes
 from locked_page import BytesBeforeLockedPage
 from plain_python import EVENT_COLUMNS, PlainEvent, PlainNewEvent
@@ -456,7 +456,7 @@ def test_metadata_is_exact_or_an_error():
     assert metadata_of(b"[123456789012345678901234567890, 1.5]") == [123456789012345678901234567890, 1.5]
     assert metadata_of('{"größe": "\\u00e4"}'.encode()) == {"größe": "ä"}
     for broken in (b"", b"{", b"NaN", b"{}x"):
-        with pytest.raises(msgspec.DecodeError):
+        with pytest.raises(EventParseError, match="metadata: "):
             metadata_of(broken)
 
 
