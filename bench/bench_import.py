@@ -1,0 +1,210 @@
+"""A file of events into the store, against ``psql \\copy`` of exactly the same rows, encoded beforehand.
+
+By turns, each into an empty table of the same definition, after a CHECKPOINT so that neither pays for the other's dirty
+pages. The import also reads and parses the lines, keeps a head per stream, and commits every quarter of a second
+together with its checkpoint; ``\\copy`` is one transaction of bytes that are ready.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from contenders import ROUNDS, Contender, compare
+from datasets import EVENTS, IMPORT_ID, DataSet
+from expected import stored_digest
+from hindsight_fast import EventStore
+from hindsight_fast._core import EVENT_COLUMNS
+from hindsight_fast.embedded import EmbeddedServer
+
+CHECKED = (
+    "count, order, and every byte of every row but its place, read back from the table, against a digest worked out by "
+    "an oracle in plain Python; every stream's head against its last event"
+)
+COLUMNS = sql.SQL(", ").join(map(sql.Identifier, EVENT_COLUMNS))
+TARGET_OF_COPY = 0.6
+MEMORY_EVENTS = sorted({min(100_000, EVENTS), EVENTS})
+
+
+class Arena:
+    """A database where the rivals import, each into its own schema."""
+
+    def __init__(self, server: EmbeddedServer, conninfo: str, data: DataSet, folder: Path) -> None:
+        self._psql = [str(server.bin("psql")), "-X", "-q", "-v", "ON_ERROR_STOP=1", "-d", conninfo, "-c"]
+        self._data = data
+        self._encoded = folder / f"{data.path.stem}.copy"
+        self._admin = psycopg.connect(conninfo, autocommit=True)
+        self._store = EventStore(conninfo).open()
+
+    def close(self) -> None:
+        self._store.close()
+        self._admin.close()
+        self._encoded.unlink(missing_ok=True)
+
+    def encode(self) -> None:
+        """Import once, keep the rows as a file for \\copy, and a table without rows to make others like it."""
+        self._empty_store()
+        self._import(self._data.path)
+        everything = sql.SQL("SELECT {} FROM hindsight.events ORDER BY transaction_no, sequence_no").format(COLUMNS)
+        self._run_psql(f"\\copy ({everything.as_string()}) to '{self._encoded}' (format binary)")
+
+    def ours(self, name: str, path: Path) -> Contender:
+        return Contender(
+            name, lambda: self._import(path), self._data.count, lambda _: self._check_ours(), prepare=self._empty_store
+        )
+
+    def copy(self) -> Contender:
+        command = f"\\copy rival.events ({COLUMNS.as_string()}) from '{self._encoded}' (format binary)"
+        return Contender(
+            "psql \\copy of the same rows, encoded beforehand", lambda: self._run_psql(command), self._data.count,
+            lambda _: self._check("rival"), prepare=self._empty_rival, target=TARGET_OF_COPY,
+        )  # fmt: skip
+
+    def _import(self, path: Path) -> None:
+        report = self._store.import_events(path, import_id=IMPORT_ID)
+        assert report.events == self._data.count, f"{report.events} events were imported"
+
+    def _empty_store(self) -> None:
+        self._drop()
+        self._store.create_schema()
+        self._admin.execute("CHECKPOINT")
+
+    def _empty_rival(self) -> None:
+        self._drop()
+        # The settings as well, which LIKE leaves out: autovacuum would treat the two tables differently.
+        self._store.create_schema()
+        row = self._admin.execute(
+            "SELECT array_to_string(reloptions, ', ') FROM pg_class WHERE oid = 'hindsight.events'::regclass"
+        ).fetchone()
+        assert row is not None
+        self._admin.execute("CREATE SCHEMA rival")
+        self._admin.execute(f"CREATE TABLE rival.events (LIKE hindsight.events INCLUDING ALL) WITH ({row[0]})")
+        self._admin.execute("CHECKPOINT")
+
+    def _drop(self) -> None:
+        self._admin.execute("SET client_min_messages = warning")
+        self._admin.execute("DROP SCHEMA IF EXISTS hindsight, rival CASCADE")
+
+    def _run_psql(self, command: str) -> None:
+        done = subprocess.run([*self._psql, command], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"psql failed: {done.stderr}")
+
+    def _check(self, schema: str) -> None:
+        assert stored_digest(self._admin, schema) == self._data.digest, "other rows are stored than expected"
+
+    def _check_ours(self) -> None:
+        self._check("hindsight")
+        row = self._admin.execute(
+            "WITH last AS (SELECT stream_id, max(stream_version) AS stream_version FROM hindsight.events GROUP BY 1) "
+            "SELECT count(*) FROM last FULL JOIN hindsight.stream_heads USING (stream_id, stream_version) "
+            "WHERE last.stream_id IS NULL OR stream_heads.stream_id IS NULL"
+        ).fetchone()
+        assert row == (0,), "heads differ from the last events"
+
+
+def _arena(server, database, data, folder):
+    arena = Arena(server, database, data, folder)
+    arena.encode()
+    return arena
+
+
+def bench_import_demo(benchmark, server, database, demo_data, folder):
+    data = demo_data(EVENTS)
+    arena = _arena(server, database, data, folder)
+    try:
+        compare(
+            benchmark, arena.ours("import_events", data.path), arena.copy(),
+            rounds=ROUNDS, unit="events", checked=CHECKED, warm_up=False,
+        )  # fmt: skip
+    finally:
+        arena.close()
+
+
+def bench_import_git_history(benchmark, server, database, git_history, folder):
+    arena = _arena(server, database, git_history, folder)
+    try:
+        compare(
+            benchmark, arena.ours("import_events", git_history.path), arena.copy(),
+            arena.ours("import_events of the file compressed by gzip", git_history.compressed),
+            rounds=ROUNDS, unit="events", checked=CHECKED, warm_up=False,
+        )  # fmt: skip
+    finally:
+        arena.close()
+
+
+def bench_import_gzip(benchmark, server, database, demo_data, folder):
+    data = demo_data(min(EVENTS, 200_000))
+    arena = _arena(server, database, data, folder)
+    try:
+        compare(
+            benchmark, arena.ours("import_events", data.path),
+            arena.ours("import_events of the file compressed by gzip", data.compressed),
+            rounds=ROUNDS, unit="events", checked=CHECKED, warm_up=False,
+        )  # fmt: skip
+    finally:
+        arena.close()
+
+
+# VmHWM and not ru_maxrss: across exec the latter keeps the peak of the process that forked, which is this one.
+_IMPORTER = """
+import json, sys
+from hindsight_fast import EventStore
+
+def peak():
+    return int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])
+
+conninfo, path, import_id = sys.argv[1:]
+with EventStore(conninfo) as store:
+    store.create_schema()
+    before = peak()
+    report = store.import_events(path, import_id=import_id)
+print(json.dumps([report.events, before, peak()]))
+"""
+
+
+def bench_import_memory(benchmark, server, demo_data):
+    peaks: dict[int, tuple[int, int]] = {}
+
+    def measure(count):
+        name = f"memory_{count}"
+        with psycopg.connect(server.conninfo, autocommit=True) as admin:
+            admin.execute(f"CREATE DATABASE {name} TEMPLATE template0")
+            try:
+                conninfo = server.conninfo_for(name)
+                data = demo_data(count)
+                command = [sys.executable, "-c", _IMPORTER, conninfo, str(data.path), IMPORT_ID]
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                if done.returncode:
+                    raise RuntimeError(done.stderr)
+                events, before, after = json.loads(done.stdout)
+                with psycopg.connect(conninfo) as connection:
+                    assert events == count
+                    assert stored_digest(connection, "hindsight") == data.digest
+            finally:
+                admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+        peaks[count] = (before, after)
+
+    def measure_all():
+        for count in MEMORY_EVENTS:
+            measure(count)
+
+    benchmark.pedantic(measure_all, rounds=1)
+    benchmark.extra_info["figures"] = {
+        "header": ["events imported", "peak memory of the importing process", "of it before the import began"],
+        "rows": [
+            [f"{count:,}", f"{after / 1024:.1f} MiB", f"{before / 1024:.1f} MiB"]
+            for count, (before, after) in peaks.items()
+        ],
+        "checked": "the rows stored by each run, as for the imports above",
+        "note": "The peak resident set (VmHWM) of a process of its own for each run.",
+    }
+    smallest, largest = peaks[MEMORY_EVENTS[0]], peaks[MEMORY_EVENTS[-1]]
+    if largest[1] > smallest[1] * 1.5:
+        pytest.fail(f"memory grows with the number of events: {peaks} kB")

@@ -1,0 +1,194 @@
+"""Reading all events back, against fetching the very same pages with psycopg and decoding nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import orjson
+import psycopg
+import pytest
+from psycopg.types.json import set_json_loads
+
+from contenders import ROUNDS, Contender, compare
+from datasets import EVENTS, IMPORT_ID
+from expected import Row, digest_of
+from hindsight_fast import Cursor, EventStore
+from hindsight_fast.reading import FIRST_PAGE_ROWS, PAGE_ROWS
+from hindsight_fast.statements import BEHIND_CURSOR, BELOW_BOUND, Statements
+
+FETCHALL_EVENTS = min(EVENTS, 100_000)
+TARGET_OF_FETCH = 0.5
+
+
+@pytest.fixture(scope="module")
+def full_store(server, demo_data):
+    """A store with all events, vacuumed and checkpointed, so that no run pays for what the import left to do."""
+    data = demo_data(EVENTS)
+    with psycopg.connect(server.conninfo, autocommit=True) as admin:
+        admin.execute("CREATE DATABASE reading TEMPLATE template0")
+        conninfo = server.conninfo_for("reading")
+        with EventStore(conninfo) as store:
+            store.create_schema()
+            store.import_events(data.path, import_id=IMPORT_ID)
+            with psycopg.connect(conninfo, autocommit=True) as connection:
+                connection.execute("VACUUM (FREEZE, ANALYZE)")
+                connection.execute("CHECKPOINT")
+            yield store
+        admin.execute("DROP DATABASE reading WITH (FORCE)")
+
+
+class Pages:
+    """The pages that the store fetches for itself, fetched by psycopg alone: same text, same sizes, same bound."""
+
+    def __init__(self, connection: psycopg.Connection, count: int) -> None:
+        self._connection = connection
+        self._count = count
+        statements = Statements("hindsight")
+        self._barrier = statements.read_barrier
+        self._text = {
+            rows: statements.log_page([BEHIND_CURSOR, BELOW_BOUND], rows) for rows in (FIRST_PAGE_ROWS, PAGE_ROWS)
+        }
+
+    def __iter__(self) -> Iterator[psycopg.Cursor]:
+        bound = psycopg.Cursor(self._connection).execute(self._barrier, (), binary=True).fetchone()
+        assert bound is not None
+        begin = Cursor.BEGINNING
+        place = (begin.transaction_no, begin.sequence_no)
+        size, fetched = FIRST_PAGE_ROWS, 0
+        while fetched < self._count:
+            cursor = psycopg.Cursor(self._connection)
+            cursor.execute(self._text[size], (*place, *bound), binary=True, prepare=False)
+            result = cursor.pgresult
+            assert result is not None
+            rows = result.ntuples
+            if rows:
+                yield cursor
+                fetched += rows
+                place = tuple(int.from_bytes(result.get_value(rows - 1, column), "big") for column in (0, 1))
+            if rows < size:
+                return
+            size = PAGE_ROWS
+
+
+def _read_untouched(store):
+    return sum(len(batch) for batch in store.read_batches())
+
+
+def _read_payloads(store):
+    count = 0
+    for batch in store.read_batches():
+        for event in batch:
+            event.payload  # noqa: B018 - reading it decodes it
+        count += len(batch)
+    return count
+
+
+def _fetch_undecoded(connection):
+    return sum(cursor.pgresult.ntuples for cursor in Pages(connection, EVENTS))
+
+
+def _fetch_tuples(connection):
+    return sum(len(cursor.fetchall()) for cursor in Pages(connection, FETCHALL_EVENTS))
+
+
+def _check_count(wanted, at_least=False):
+    def check(count):
+        assert count >= wanted if at_least else count == wanted, f"{count} events instead of {wanted}"
+
+    return check
+
+
+def _verify_events(store, data):
+    def verify():
+        rows = (
+            Row(
+                e.event_id, e.stream_id, e.stream_version, e.correlation_id, e.created_at, e.version, e.name, e.data,
+                e.metadata_json,
+            )
+            for batch in store.read_batches()
+            for e in batch
+        )  # fmt: skip
+        assert digest_of(rows) == data.digest, "other events are read"
+
+    return verify
+
+
+def _verify_payloads(store, data):
+    def verify():
+        events = (event for batch in store.read_batches() for event in batch)
+        for event, row in zip(events, data.rows(), strict=True):
+            assert event.payload == json.loads(row.payload), "another payload"
+
+    return verify
+
+
+def _verify_undecoded(connection, data):
+    def verify():
+        count = 0
+        rows = data.rows()
+        for cursor in Pages(connection, EVENTS):
+            for row_no in range(cursor.pgresult.ntuples):
+                row = next(rows)
+                seen = (cursor.pgresult.get_value(row_no, 2), cursor.pgresult.get_value(row_no, 9))
+                assert seen == (row.event_id.bytes, row.payload), "another row"
+                count += 1
+        assert count == EVENTS, f"{count} rows"
+
+    return verify
+
+
+def _verify_tuples(connection, data):
+    def verify():
+        seen = (each for cursor in Pages(connection, FETCHALL_EVENTS) for each in cursor.fetchall())
+        # The last page may reach behind the last event asked for.
+        for row, each in zip(data.rows(FETCHALL_EVENTS), seen, strict=False):
+            assert (each[2], each[9]) == (row.event_id, json.loads(row.payload)), "another row"
+
+    return verify
+
+
+@pytest.fixture
+def connections(full_store):
+    with psycopg.connect(full_store.conninfo, autocommit=True) as plain:
+        with psycopg.connect(full_store.conninfo, autocommit=True) as fast:
+            set_json_loads(orjson.loads, fast)
+            yield plain, fast
+
+
+def bench_read_untouched(benchmark, full_store, connections, demo_data):
+    data = demo_data(EVENTS)
+    connection, _ = connections
+    compare(
+        benchmark,
+        Contender("read_batches, events untouched", lambda: _read_untouched(full_store), EVENTS, _check_count(EVENTS),
+                  _verify_events(full_store, data)),
+        Contender("psycopg, the same pages, nothing decoded", lambda: _fetch_undecoded(connection), EVENTS,
+                  _check_count(EVENTS), _verify_undecoded(connection, data), target=TARGET_OF_FETCH),
+        rounds=ROUNDS,
+        unit="events",
+        checked="every turn: the count; once before: a digest of every column of every event (psycopg: event id and "
+        "payload bytes of every row), against the oracle",
+    )  # fmt: skip
+
+
+def bench_read_payloads(benchmark, full_store, connections, demo_data):
+    data = demo_data(EVENTS)
+    plain, fast = connections
+    # A page may carry a few more than were asked for; the figures are of those fetched.
+    fetched = _fetch_tuples(fast)
+    compare(
+        benchmark,
+        Contender("read_batches, .payload of every event", lambda: _read_payloads(full_store), EVENTS,
+                  _check_count(EVENTS), _verify_payloads(full_store, data)),
+        Contender("psycopg, the same pages, nothing decoded", lambda: _fetch_undecoded(plain), EVENTS,
+                  _check_count(EVENTS), target=TARGET_OF_FETCH),
+        Contender("psycopg fetchall() into tuples, json by the standard library", lambda: _fetch_tuples(plain), fetched,
+                  _check_count(fetched), _verify_tuples(plain, data)),
+        Contender("psycopg fetchall() into tuples, json by orjson", lambda: _fetch_tuples(fast), fetched,
+                  _check_count(fetched), _verify_tuples(fast, data)),
+        rounds=ROUNDS,
+        unit="events",
+        checked="every turn: the count; once before: every payload against json.loads of the oracle's bytes (psycopg: "
+        "also the event id)",
+    )  # fmt: skip
