@@ -61,6 +61,9 @@ schema_names = st.text(st.characters(codec="utf-8", exclude_characters="\0"), mi
 @example(name="Hindsight.events")
 @example(name="a;b -- c")
 @example(name="{schema} %s %%")
+@example(name="a\nb")
+@example(name="a\r\nb")
+@example(name="a\nCREATE TABLE public.injected (x int); --")
 def test_any_schema_name_works(database: str, name: str) -> None:
     with EventStore(database, schema=name) as store:
         store.create_schema()
@@ -69,6 +72,7 @@ def test_any_schema_name_works(database: str, name: str) -> None:
         assert [event.payload for event in store.read(event_types=["t"])] == [{"n": 1}]
         assert store.head() is not None
     with psycopg.connect(database, autocommit=True) as connection:
+        assert connection.execute("SELECT to_regclass('public.injected')").fetchone() == (None,)
         connection.execute(sql.SQL("DROP SCHEMA {} CASCADE").format(sql.Identifier(name)))
 
 
@@ -91,6 +95,32 @@ def test_the_packaged_script_and_the_default_name_are_the_same() -> None:
     assert packaged.replace("$body$", "'").count("hindsight.") == composed.replace('"hindsight"', "hindsight").count(
         "hindsight."
     )
+
+
+def test_a_schema_that_a_dba_made_is_enough(database: str) -> None:
+    """A role without the right to create schemas makes the tables in one that it was given."""
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute("DO $$ BEGIN CREATE ROLE keeper LOGIN; EXCEPTION WHEN duplicate_object THEN NULL; END $$")
+        connection.execute("CREATE SCHEMA given AUTHORIZATION keeper")
+    with EventStore(f"{database} user=keeper", schema="given") as store:
+        store.create_schema()
+        assert store.head() is None
+    with EventStore(f"{database} user=keeper", schema="other") as store:
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            store.create_schema()
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute("DROP OWNED BY keeper")
+
+
+def test_running_the_script_again_waits_for_no_append(database: str) -> None:
+    with EventStore(database) as store:
+        store.create_schema()
+    with psycopg.connect(database) as holder, psycopg.connect(database, autocommit=True) as again:
+        holder.execute(
+            "LOCK TABLE hindsight.events, hindsight.stream_heads, hindsight.append_gate IN ROW EXCLUSIVE MODE"
+        )
+        again.execute("SET lock_timeout = '2s'")
+        again.execute(schema_sql("hindsight").encode())
 
 
 def test_without_a_schema_calls_say_how_to_make_it(database: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from psycopg import ConnectionInfo
+from psycopg import ConnectionInfo, ProgrammingError
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from .errors import HindsightError
@@ -38,7 +38,14 @@ def find_conninfo(conninfo: str) -> str:
 
 def connection_conninfo(conninfo: str) -> str:
     """Return *conninfo* with what every connection of the store's own needs, the caller's settings first."""
-    given = conninfo_to_dict(conninfo)
+    try:
+        given = conninfo_to_dict(conninfo)
+    except ProgrammingError:
+        # Not quoted, and not chained: libpq's message repeats the part it stumbled over, and that can be the password.
+        raise HindsightError(
+            "the connection string cannot be read; it is not shown here, as it may hold a password. In a URL,"
+            " characters such as / @ : % and spaces in user and password are written %2F %40 %3A %25 %20"
+        ) from None
     settings = {"application_name": "hindsight_fast", **KEEPALIVES, **given}
     # Not the caller's to choose: stored bytes are UTF-8, and any other encoding would be converted on the way.
     settings["client_encoding"] = "UTF8"

@@ -19,6 +19,8 @@ from typing import BinaryIO, Final, Literal, cast
 ImportSource = str | os.PathLike[str] | BinaryIO | Iterable[bytes]
 
 BLOCK_BYTES: Final = 1024 * 1024
+LINES_BLOCK_BYTES: Final = 64 * 1024
+"""Of an iterable less is gathered: it may be slow, and what it has given should not wait long."""
 BLOCKS_AHEAD: Final = 4
 MAX_LINE_BYTES: Final = 256 * 1024 * 1024
 GZIP_MAGIC: Final = b"\x1f\x8b"
@@ -64,57 +66,57 @@ class LineSource:
         else:
             self.name = f"<{type(source).__name__}>"
             self._lines = source
-        self._queue: queue.Queue[bytes | Exception | None] = queue.Queue(BLOCKS_AHEAD)
-        self._stopping = threading.Event()
+        # SimpleQueue, written in C: an interrupt between two bytecodes of queue.Queue left its lock held for ever.
+        self._blocks: queue.SimpleQueue[bytes | BaseException | None] = queue.SimpleQueue()
+        self._room: queue.SimpleQueue[None] = queue.SimpleQueue()  # a permit for each block that may be read ahead
+        for _ in range(BLOCKS_AHEAD):
+            self._room.put(None)
+        self._stopping = False
         self._ended = False
-        self._thread = threading.Thread(target=self._read_ahead, name="hindsight-import-source", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
 
     def next_block(self, *, wait: bool) -> bytes | Literal["end", "not yet"]:
         """Return the next block of lines; without *wait*, "not yet" where that would take time.
 
-        Raises SourceError, or the OSError that reading met.
+        Raises SourceError, or what reading raised.
         """
         if self._ended:
             return "end"
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._read_ahead, name="hindsight-import-source", daemon=True)
+            self._thread.start()
         try:
-            block = self._queue.get(block=wait)
+            block = self._blocks.get(block=wait)
         except queue.Empty:
             return "not yet"
-        if block is None:
-            self._ended = True
-            return "end"
-        if isinstance(block, Exception):
+        if isinstance(block, bytes):
+            self._room.put(None)
+            return block
+        self._ended = True
+        if block is not None:
             raise block
-        return block
+        return "end"
 
     def close(self) -> None:
         """Stop reading ahead. A thread that is stuck in a read of the caller's file is left to it."""
-        self._stopping.set()
-        while not self._queue.empty():
-            self._queue.get_nowait()
-        self._thread.join(timeout=1.0)
-        if self._close_file and self._file is not None and not self._thread.is_alive():
+        self._stopping = True
+        self._room.put(None)
+        if self._thread is not None:
+            self._thread.join(timeout=1.0)
+        if self._close_file and self._file is not None and not (self._thread and self._thread.is_alive()):
             self._file.close()
 
     def _read_ahead(self) -> None:
-        last: Exception | None = None
+        last: BaseException | None = None
         try:
             for block in self._blocks_of_lines():
-                if not self._put(block):
+                self._room.get()
+                if self._stopping:
                     return
-        except Exception as error:  # noqa: BLE001 - handed to the thread that asks for blocks, and raised there
+                self._blocks.put(block)
+        except BaseException as error:  # noqa: BLE001 - handed to the thread that asks for blocks, and raised there
             last = error
-        self._put(last)
-
-    def _put(self, block: bytes | Exception | None) -> bool:
-        while not self._stopping.is_set():
-            try:
-                self._queue.put(block, timeout=0.2)
-            except queue.Full:
-                continue
-            return True
-        return False
+        self._blocks.put(last)
 
     def _blocks_of_lines(self) -> Iterator[bytes]:
         begun: list[bytes] = []  # pieces of a line whose end has not come yet
@@ -160,8 +162,11 @@ class LineSource:
                 yield piece
             compressed = member.unconsumed_tail
             if member.eof:
-                compressed = member.unused_data or next(raw, b"")
-                if not compressed.strip(b"\0"):  # padding is allowed behind the last member
+                # Zeros may stand behind a member, and another member behind them.
+                compressed = member.unused_data.lstrip(b"\0")
+                while not compressed and (more := next(raw, b"")):
+                    compressed = more.lstrip(b"\0")
+                if not compressed:
                     return
                 member = zlib.decompressobj(wbits=31)
             elif not compressed:
@@ -176,7 +181,7 @@ class LineSource:
         assert self._file is not None
         # What is there now, of a buffered pipe: read() would wait for a whole block.
         read = getattr(self._file, "read1", self._file.read)
-        while not self._stopping.is_set():
+        while not self._stopping:
             block = read(BLOCK_BYTES)
             if not isinstance(block, bytes):
                 raise TypeError(f"{self.name} gives {type(block).__name__}: open it in binary mode")
@@ -193,7 +198,7 @@ class LineSource:
                 raise TypeError(f"lines must be bytes, not {type(line).__name__}")
             gathered.append(line if line.endswith(b"\n") else line + b"\n")
             size += len(gathered[-1])
-            if size >= BLOCK_BYTES:
+            if size >= LINES_BLOCK_BYTES:
                 self.bytes_read += size
                 yield b"".join(gathered)
                 gathered, size = [], 0

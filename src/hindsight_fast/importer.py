@@ -8,6 +8,7 @@ locked; from then to its commit only bytes that exist are sent.
 
 from __future__ import annotations
 
+import random
 import select
 import time
 from collections import deque
@@ -19,13 +20,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 import psycopg
 from psycopg.adapt import Dumper
+from psycopg.errors import DeadlockDetected, LockNotAvailable, ProgramLimitExceeded, StatementTooComplex
 from psycopg.pq import Format
 
 from ._core import Cursor, EventRows
 from .errors import ImportFailed
 from .import_lines import BadLine, LineReader
 from .import_source import ImportSource, LineSource, SourceError
-from .schema import LAYOUT
+from .schema import LAYOUT, refusal_of
+from .statements import LIMIT_LOCK_WAIT
 
 if TYPE_CHECKING:
     from .statements import Statements
@@ -37,6 +40,9 @@ MOST_CHUNK_EVENTS: Final = 100_000
 MOST_CHUNK_BYTES: Final = 32 * 1024 * 1024
 """Two chunks are in memory at a time: the one being sent and the one being encoded."""
 BLOCK_BYTES: Final = 64 * 1024
+LOCK_PATIENCE_S: Final = 60.0
+"""How long a chunk is tried again while others hold its streams; each try ends by itself after two seconds."""
+OWN_CONSTRAINTS: Final = frozenset({"events_pkey", "events_stream_key", "events_event_id_key"})
 STEP_LINES: Final = 50
 """Lines encoded between two looks at the socket: about 0.1 ms, a fiftieth of what the socket's buffer holds of work."""
 
@@ -149,7 +155,10 @@ class ChunkMaker:
         """Pass over the lines before *checkpoint*. Raises ImportFailed if they are not the ones it was made after."""
         block, rest = b"", 0
         while self._offset < checkpoint.byte_offset:
-            following = self._source.next_block(wait=True)
+            try:
+                following = self._source.next_block(wait=True)
+            except SourceError as error:
+                raise self._failed(error.reason, error.line_no, None) from error
             if following == "end" or following == "not yet":
                 raise self._changed(checkpoint, "it is shorter now")
             block, rest = following, checkpoint.byte_offset - self._offset
@@ -161,11 +170,14 @@ class ChunkMaker:
         self._begin()
         if rest < len(block):
             self._take_block(block, rest)
-            if block[rest - 1 : rest + 1] != b"\n\n" and block[rest : rest + 1] == b"\n":
-                # The last line done had no newline yet; this is it, and no blank line.
-                self._waiting.popleft()
-                self._offset += 1
-                self._block_at += 1
+            if rest and block[rest - 1 : rest] != b"\n":
+                # The last line done had no newline yet. What comes before the next one still belongs to it.
+                remainder = self._waiting.popleft()
+                if remainder and not remainder.isspace():
+                    raise self._changed(checkpoint, "its last line went on")
+                self._offset += len(remainder) + 1
+                self._block_at += len(remainder) + 1
+                self._correct_end()
 
     def step(self, *, wait: bool, lines: int = STEP_LINES) -> bool:
         """Encode up to *lines* more lines. False if the chunk is done, or the source has nothing ready."""
@@ -189,11 +201,14 @@ class ChunkMaker:
                 self._blank_lines.append(self._line_no)
             self._offset += len(line) + 1
             self._block_at += len(line) + 1
+        self._correct_end()
+        return True
+
+    def _correct_end(self) -> None:
         if self._block_at > len(self._block):
-            # The last line of a source may lack its newline.
+            # The last line of a source may lack its newline, which was counted.
             self._offset -= 1
             self._block_at -= 1
-        return True
 
     @property
     def done(self) -> bool:
@@ -313,11 +328,26 @@ class ChunkWriter:
         """Store *chunk*; encode on with *meanwhile* while the server is busy.
 
         Returns the cursor of its first event (None without events) and how many of its streams are new. Raises
-        ImportFailed where the server refuses a row, or a rival moved the checkpoint; nothing is stored then.
+        ImportFailed where the server refuses a row, a rival moved the checkpoint, or the streams stay locked; nothing
+        is stored then.
         """
+        began = time.monotonic()
+        while True:
+            try:
+                return self._try_to_store(chunk, meanwhile)
+            except (DeadlockDetected, LockNotAvailable) as error:
+                # Somebody holds a stream of ours, or waits in another order than ours. Let go of all, and try again.
+                if time.monotonic() - began > LOCK_PATIENCE_S:
+                    what = error.diag.message_primary or str(error)
+                    reason = f"streams of the chunk stayed locked for {LOCK_PATIENCE_S:.0f} s: {what}"
+                    raise self._failed(reason, chunk) from error
+                time.sleep(random.uniform(0.005, 0.05))
+
+    def _try_to_store(self, chunk: Chunk, meanwhile: ChunkMaker) -> tuple[Cursor | None, int]:
         first, new_streams = None, 0
         # Ends on every error, so that no lock outlives this call.
         with self._connection.transaction():
+            self._execute(LIMIT_LOCK_WAIT.encode(), ())
             # First, so that a rival is met here and not at its events' ids: it waits, and then finds the row moved.
             moved = self._execute(
                 self._statements.move_import,
@@ -352,8 +382,9 @@ class ChunkWriter:
                 for block in rows.blocks(BLOCK_BYTES):
                     self._work_until_writable(meanwhile)
                     copy.write(block)
-        except (psycopg.DataError, psycopg.IntegrityError) as error:
-            raise self._refused(error, chunk) from error
+        except (psycopg.DataError, psycopg.IntegrityError, ProgramLimitExceeded, StatementTooComplex) as error:
+            # Not chained: the server's detail and context quote what is stored, and tracebacks end up in logs.
+            raise self._refused(error, chunk) from None
         return Cursor(number, 0), new_streams
 
     def _work_until_writable(self, meanwhile: ChunkMaker) -> None:
@@ -367,12 +398,17 @@ class ChunkWriter:
         cursor: psycopg.Cursor[tuple[Any, ...]] = psycopg.Cursor(self._connection)
         cursor.adapters.register_dumper(UuidArray, _UuidArrayDumper)
         cursor.adapters.register_dumper(BigintArray, _BigintArrayDumper)
-        return cursor.execute(statement, parameters, binary=True)
+        try:
+            return cursor.execute(statement, parameters, binary=True, prepare=False)
+        except psycopg.Error as error:
+            if (refusal := refusal_of(error, self._statements.schema)) is not None:
+                raise refusal from error
+            raise
 
     def _refused(self, error: psycopg.Error, chunk: Chunk) -> ImportFailed:
         reason = error.diag.message_primary or str(error)
-        if isinstance(error, psycopg.IntegrityError) and error.diag.message_detail:
-            reason = f"{reason}: {error.diag.message_detail}"
+        if error.diag.constraint_name in OWN_CONSTRAINTS and error.diag.message_detail:
+            reason = f"{reason}: {error.diag.message_detail}"  # ids and numbers; others' may show a payload
         # "COPY events, line 17": the row's number in the chunk; the words may be translated, the number is not. What
         # follows it can quote the payload and goes nowhere.
         context = (error.diag.context or "").partition(":")[0]

@@ -6,23 +6,30 @@ below it. Reading one stream needs no bound.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal, LiteralString, NamedTuple
 from uuid import UUID
 
 from ._core import Cursor, RecordedEvent
 from .results import events_of
-from .statements import BEHIND_CURSOR, BELOW_BOUND
+from .statements import (
+    BEHIND_CURSOR,
+    BELOW_BOUND,
+    CORRELATION_FILTER,
+    NAMES_FILTER,
+    STREAM_BELOW_BOUND,
+    STREAM_SPAN,
+    UP_TO_CURSOR,
+)
 
 if TYPE_CHECKING:
-    from datetime import datetime
-
     from psycopg.pq.abc import PGresult
 
     from .statements import Statements
 
 PAGE_ROWS = 5_000
-"""Rows of a full page. Larger ones were no faster, and hold more memory."""
+"""Rows of a full page: enough that asking for it costs a hundredth of what fetching it does."""
 PAGE_BYTES = 8 * 1024 * 1024
 """What a page of large events should not exceed: the next page's rows follow from the size of the last one's."""
 FIRST_PAGE_ROWS = 500
@@ -42,10 +49,10 @@ class Request(NamedTuple):
 
 
 class Bound(NamedTuple):
-    """Every event with a lower number is visible or never will be; good only on the server started at that time."""
+    """Every event with a lower number is visible or never will be; good only in that run of the server."""
 
     number: int
-    server_started: datetime
+    server_run: str
 
 
 class PageSize:
@@ -64,12 +71,108 @@ class PageSize:
         self.rows = max(1, min(self.most, self.rows * 10, PAGE_BYTES * len(events) // (size + 1)))
 
 
-class LogReader:
-    """Reads the log in its total order, from behind *after* up to where it ended when the first answer came.
+class PageReader(ABC):
+    """A read that goes page by page.
 
     ``request()`` gives what to ask next, or None at the end; ``take()`` what was answered. ``renew()`` after an error
-    says whether the read can go on: a bound that has expired with its server is asked for anew.
+    says whether the read can go on.
     """
+
+    def __init__(self, statements: Statements, limit: int | None, page_rows: int) -> None:
+        self._statements = statements
+        self._remaining = limit
+        self._page = PageSize(page_rows)
+        self._done = limit == 0
+
+    def request(self) -> Request | None:
+        """Return what to ask next, None when the read has ended."""
+        return None if self._done else self._next_request()
+
+    def take(self, rows: list[tuple[Any, ...]] | None, result: PGresult) -> list[RecordedEvent]:
+        """Take the answer to the last request: plain *rows*, or a *result* with events. Returns the events."""
+        if rows is not None:
+            self._take_values(rows)
+            return []
+        wanted = self._wanted()
+        events = events_of(result)
+        if events:
+            self._page.learn(events)
+        if self._remaining is not None:
+            self._remaining -= len(events)
+        self._take_events(events, wanted)
+        if self._remaining == 0:
+            self._done = True
+        return events
+
+    def renew(self, sqlstate: str | None) -> bool:
+        """Whether to go on after an error with this SQLSTATE."""
+        return False
+
+    @abstractmethod
+    def _next_request(self) -> Request: ...
+
+    def _take_values(self, rows: list[tuple[Any, ...]]) -> None:
+        raise AssertionError("this reader asks for events only")
+
+    @abstractmethod
+    def _take_events(self, events: list[RecordedEvent], wanted: int) -> None: ...
+
+    def _wanted(self) -> int:
+        return self._page.at_most(self._remaining)
+
+
+class BoundedReader(PageReader):
+    """A read of the log from behind *after* to where it ended when the first bound was had.
+
+    A bound that has expired with its server's run is asked for anew.
+    """
+
+    def __init__(self, statements: Statements, after: Cursor, limit: int | None, page_rows: int) -> None:
+        super().__init__(statements, limit, page_rows)
+        self.position = after
+        self.bound: Bound | None = None
+        self._last_number: int | None = None  # of the first bound: the read ends there even under a later one
+        self._renewed_at: Cursor | None = None
+        self._filters: list[LiteralString] = []
+        self._filter_values: list[Any] = []
+
+    def filter(self, condition: LiteralString, value: object) -> None:
+        """Read only events for which *condition* holds."""
+        self._filters.append(condition)
+        self._filter_values.append(value)
+
+    def renew(self, sqlstate: str | None) -> bool:
+        if sqlstate != BOUND_EXPIRED or self.bound is None or self._renewed_at == self.position:
+            return False
+        self._renewed_at = self.position  # once: a bound that expires again before it was of use is no accident
+        self._forget_bound()
+        return True
+
+    def _next_request(self) -> Request:
+        if self.bound is None:
+            return Request(self._statements.read_barrier, (), "values")
+        return self._next_below(self.bound)
+
+    def _take_values(self, rows: list[tuple[Any, ...]]) -> None:
+        if self.bound is None:
+            number, server_run = rows[0]
+            self._last_number = number if self._last_number is None else self._last_number
+            self.bound = Bound(min(number, self._last_number), server_run)
+        else:
+            self._take_place(rows)
+
+    @abstractmethod
+    def _next_below(self, bound: Bound) -> Request: ...
+
+    @abstractmethod
+    def _take_place(self, rows: list[tuple[Any, ...]]) -> None: ...
+
+    def _forget_bound(self) -> None:
+        self.bound = None
+
+
+class LogReader(BoundedReader):
+    """Reads the whole log, or what passes its filters."""
 
     def __init__(
         self,
@@ -77,100 +180,105 @@ class LogReader:
         *,
         after: Cursor,
         event_names: list[str] | None = None,
-        stream_id: UUID | None = None,
         correlation_id: UUID | None = None,
         limit: int | None = None,
         page_rows: int = PAGE_ROWS,
     ) -> None:
-        self.position = after
-        self._statements = statements
-        self._remaining = limit
-        self._page = PageSize(page_rows)
-        self._bound: Bound | None = None
-        self._last_number: int | None = None  # of the first bound: the read ends there even under a later one
-        self._page_end: Cursor | Literal["open"] | None = None
-        self._done = limit == 0
-        self._filters: list[LiteralString] = []
-        self._filter_values: list[Any] = []
-        self._stream_id = stream_id
-        self._stream_version = -1  # of the last event read, if one stream is read
+        super().__init__(statements, after, limit, page_rows)
+        self._page_end: Cursor | Literal["the end"] | None = None
         if event_names is not None:
-            self._filters.append("e.event_name = ANY(%s::text[])")
-            self._filter_values.append(event_names)
-        if stream_id is not None:
-            self._filters.append("e.stream_id = %s::uuid")
-            self._filter_values.append(stream_id)
+            self.filter(NAMES_FILTER, event_names)
         if correlation_id is not None:
-            self._filters.append("e.correlation_id = %s::uuid")
-            self._filter_values.append(correlation_id)
-        # One stream's or one cause's events are found by an index of their own; only names make a read scan.
-        self._scans = event_names is not None and stream_id is None and correlation_id is None
+            self.filter(CORRELATION_FILTER, correlation_id)
+        # One cause's events are found by an index of their own; names alone make a read scan.
+        self._scans = event_names is not None and correlation_id is None
 
-    def request(self) -> Request | None:
-        if self._done:
-            return None
-        if self._bound is None:
-            return Request(self._statements.read_barrier, (), "values")
+    def _next_below(self, bound: Bound) -> Request:
         where: list[LiteralString] = [BEHIND_CURSOR, BELOW_BOUND]
-        values: list[Any] = [self.position.transaction_no, self.position.sequence_no, *self._bound]
+        values: list[Any] = [self.position.transaction_no, self.position.sequence_no, *bound]
         if self._scans and self._page_end is None:
             return Request(self._statements.page_end(where, SCAN_ROWS - 1), tuple(values), "values")
         if isinstance(self._page_end, Cursor):
-            where.append("(e.transaction_no, e.sequence_no) <= (%s::bigint, %s::integer)")
+            where.append(UP_TO_CURSOR)
             values += [self._page_end.transaction_no, self._page_end.sequence_no]
-        where += self._filters
-        values += self._filter_values
-        if self._stream_id is None:
-            return Request(self._statements.log_page(where, self._wanted()), tuple(values), "events")
-        where.append("e.stream_version > %s::bigint")
-        values.append(self._stream_version)
-        return Request(self._statements.stream_page(where, self._wanted(), backwards=False), tuple(values), "events")
+        statement = self._statements.log_page([*where, *self._filters], self._wanted())
+        return Request(statement, (*values, *self._filter_values), "events")
 
-    def take(self, rows: list[tuple[Any, ...]] | None, result: PGresult) -> list[RecordedEvent]:
-        """Take the answer to the last request: plain *rows* or a *result* with events. Returns the events."""
-        if self._bound is None:
-            assert rows is not None
-            number, server_started = rows[0]
-            if self._last_number is None:
-                self._last_number = number
-            self._bound = Bound(min(number, self._last_number), server_started)
-            return []
-        if rows is not None:
-            self._page_end = Cursor(*rows[0]) if rows else "open"
-            return []
-        wanted = self._wanted()
-        events = events_of(result)
+    def _take_place(self, rows: list[tuple[Any, ...]]) -> None:
+        self._page_end = Cursor(*rows[0]) if rows else "the end"
+
+    def _take_events(self, events: list[RecordedEvent], wanted: int) -> None:
         if events:
             self.position = events[-1].cursor
-            self._stream_version = events[-1].stream_version
-            self._page.learn(events)
-        if self._remaining is not None:
-            self._remaining -= len(events)
-        if self._remaining == 0:
-            self._done = True
-        elif len(events) < wanted:
+        if len(events) < wanted:
             if isinstance(self._page_end, Cursor):
                 # All that was scanned has been seen: go on behind it, whatever matched.
                 self.position = self._page_end
             else:
                 self._done = True
             self._page_end = None
-        return events
 
-    def renew(self, sqlstate: str | None) -> bool:
-        """Whether to go on after an error with this SQLSTATE: yes, with a new bound, if only the bound has expired."""
-        if sqlstate != BOUND_EXPIRED or self._bound is None:
-            return False
-        self._bound = None
+    def _forget_bound(self) -> None:
+        super()._forget_bound()
         self._page_end = None
-        return True
-
-    def _wanted(self) -> int:
-        return self._page.at_most(self._remaining)
 
 
-class StreamReader:
-    """Reads one stream in the order of its versions, or against it; ``request`` and ``take`` as in LogReader."""
+class StreamLogReader(BoundedReader):
+    """Reads the part of the log that is one stream: by its versions, which have no holes, a span at a time."""
+
+    def __init__(
+        self,
+        statements: Statements,
+        *,
+        stream_id: UUID,
+        after: Cursor,
+        event_names: list[str] | None = None,
+        correlation_id: UUID | None = None,
+        limit: int | None = None,
+    ) -> None:
+        super().__init__(statements, after, limit, PAGE_ROWS)
+        self._stream_id = stream_id
+        self._next_version: int | None = None
+        self._last_version = -1
+        self._span_end = -1
+        if event_names is not None:
+            self.filter(NAMES_FILTER, event_names)
+        if correlation_id is not None:
+            self.filter(CORRELATION_FILTER, correlation_id)
+
+    def _next_below(self, bound: Bound) -> Request:
+        if self._next_version is None:
+            at = (self._stream_id, self.position.transaction_no, self.position.sequence_no, self._stream_id)
+            return Request(self._statements.stream_start, at, "values")
+        self._span_end = self._next_version + (SCAN_ROWS if self._filters else self._wanted()) - 1
+        statement = self._statements.stream_page(
+            [STREAM_SPAN, STREAM_BELOW_BOUND, *self._filters], self._wanted(), backwards=False
+        )
+        span = (self._stream_id, self._next_version, self._span_end)
+        return Request(statement, (*span, *bound, *self._filter_values), "events")
+
+    def _take_place(self, rows: list[tuple[Any, ...]]) -> None:
+        self._next_version, last_version = rows[0]
+        if self._next_version is None or last_version is None:
+            self._done = True
+        else:
+            self._last_version = last_version
+
+    def _take_events(self, events: list[RecordedEvent], wanted: int) -> None:
+        if events:
+            self.position = events[-1].cursor
+        # A full page may have stopped inside its span.
+        passed = events[-1].stream_version if len(events) == wanted else self._span_end
+        self._next_version = passed + 1
+        self._done = passed >= self._last_version
+
+    def _forget_bound(self) -> None:
+        super()._forget_bound()
+        self._next_version = None
+
+
+class StreamReader(PageReader):
+    """Reads one stream in the order of its versions, or against it, with what was committed before each page."""
 
     def __init__(
         self,
@@ -182,46 +290,27 @@ class StreamReader:
         backwards: bool,
         limit: int | None,
     ) -> None:
-        self._statements = statements
+        super().__init__(statements, limit, PAGE_ROWS)
         self._stream_id = stream_id
         self._from = from_version
         self._to = to_version
         self._backwards = backwards
-        self._remaining = limit
-        self._page = PageSize(PAGE_ROWS)
-        self._done = limit == 0
 
-    def request(self) -> Request | None:
-        if self._done:
-            return None
+    def _next_request(self) -> Request:
         where: list[LiteralString] = ["e.stream_id = %s::uuid", "e.stream_version >= %s::bigint"]
         values: list[Any] = [self._stream_id, self._from]
         if self._to is not None:
             where.append("e.stream_version <= %s::bigint")
             values.append(self._to)
-        return Request(
-            self._statements.stream_page(where, self._wanted(), backwards=self._backwards), tuple(values), "events"
-        )
+        statement = self._statements.stream_page(where, self._wanted(), backwards=self._backwards)
+        return Request(statement, tuple(values), "events")
 
-    def take(self, rows: list[tuple[Any, ...]] | None, result: PGresult) -> list[RecordedEvent]:
-        wanted = self._wanted()
-        events = events_of(result)
-        if events:
-            self._page.learn(events)
-            if self._backwards:
-                self._to = events[-1].stream_version - 1
-            else:
-                self._from = events[-1].stream_version + 1
-        if self._remaining is not None:
-            self._remaining -= len(events)
-        self._done = len(events) < wanted or self._remaining == 0
-        return events
-
-    def renew(self, sqlstate: str | None) -> bool:
-        return False
-
-    def _wanted(self) -> int:
-        return self._page.at_most(self._remaining)
+    def _take_events(self, events: list[RecordedEvent], wanted: int) -> None:
+        if events and self._backwards:
+            self._to = events[-1].stream_version - 1
+        elif events:
+            self._from = events[-1].stream_version + 1
+        self._done = len(events) < wanted
 
 
 def check_event_names(event_types: Iterable[str] | None) -> list[str] | None:
@@ -240,6 +329,20 @@ def check_event_names(event_types: Iterable[str] | None) -> list[str] | None:
     return names
 
 
+def check_after(after: Cursor) -> Cursor:
+    """Return *after*. Raises TypeError unless it is a Cursor."""
+    if not isinstance(after, Cursor):
+        raise TypeError(f"after must be a Cursor, not {type(after).__name__}")
+    return after
+
+
+def check_correlation_id(correlation_id: UUID | None) -> UUID | None:
+    """Return *correlation_id*. Raises TypeError unless it is a UUID or None."""
+    if correlation_id is not None and not isinstance(correlation_id, UUID):
+        raise TypeError(f"correlation_id must be a UUID, not {type(correlation_id).__name__}")
+    return correlation_id
+
+
 def check_stream_id(stream_id: UUID) -> UUID:
     """Return *stream_id*. Raises TypeError unless it is a UUID."""
     if not isinstance(stream_id, UUID):
@@ -248,9 +351,11 @@ def check_stream_id(stream_id: UUID) -> UUID:
 
 
 def check_count(value: int, name: str, *, least: int = 0) -> int:
-    """Return *value*. Raises TypeError unless it is an int (and no bool), ValueError below *least*."""
+    """Return *value*. Raises TypeError unless it is an int (and no bool), ValueError below *least* or from 2^63 on."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, not {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, not {value}")
+    if value >= 2**63:
+        raise ValueError(f"{name} must lie below 2^63")
     return value

@@ -13,7 +13,14 @@ SELECT pg_advisory_xact_lock(hashtextextended('hindsight_fast: create schema', 0
 
 SET LOCAL client_min_messages = warning;
 
-CREATE SCHEMA IF NOT EXISTS hindsight;
+-- Not IF NOT EXISTS: it asks for the right to create schemas even where a DBA has made this one.
+DO $body$
+BEGIN
+    IF to_regnamespace('hindsight') IS NULL THEN
+        CREATE SCHEMA hindsight;
+    END IF;
+END
+$body$;
 
 -- One row. Everything that an append compares itself with.
 CREATE TABLE IF NOT EXISTS hindsight.store_meta (
@@ -67,8 +74,15 @@ CREATE TABLE IF NOT EXISTS hindsight.events (
 
 -- All events of one cause, in order: without the order in it, a planner short of statistics walks the primary key.
 -- Partial: most logs correlate few events.
-CREATE INDEX IF NOT EXISTS events_correlation_idx ON hindsight.events (correlation_id, transaction_no, sequence_no)
-    WHERE correlation_id IS NOT NULL;
+-- Not IF NOT EXISTS: it locks the table before it looks, and a repeated run would stand in the way of appends.
+DO $body$
+BEGIN
+    IF to_regclass('hindsight.events_correlation_idx') IS NULL THEN
+        CREATE INDEX events_correlation_idx ON hindsight.events (correlation_id, transaction_no, sequence_no)
+            WHERE correlation_id IS NOT NULL;
+    END IF;
+END
+$body$;
 
 -- The version of each stream's last event. Its rows are the locks that appends to one stream queue at, so they carry
 -- nothing else: a head that knew its cursor would need a second update once the number is drawn (+37 to +97 %).
@@ -125,6 +139,10 @@ SELECT CASE WHEN pg_sequence_last_value('hindsight.transaction_no'::regclass) IS
 CREATE OR REPLACE FUNCTION hindsight.server_identity_v1(OUT system_identifier bigint, OUT timeline integer)
 LANGUAGE plpgsql STABLE AS $body$
 BEGIN
+    IF pg_is_in_recovery() THEN
+        RAISE EXCEPTION 'a standby takes no appends, and does not show the locks of its primary that readers need'
+            USING ERRCODE = 'HS005', HINT = 'Connect to the primary.';
+    END IF;
     SELECT c.system_identifier INTO system_identifier FROM pg_control_system() AS c;
     -- The timeline being written now. The control file's own lags until the checkpoint after a promotion.
     timeline := ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::integer;
@@ -147,6 +165,24 @@ BEGIN
             USING ERRCODE = 'insufficient_privilege', HINT = 'GRANT USAGE, SELECT on it; if it was restarted, call advance_sequence_v1().';
     END IF;
     RETURN last_number + 1;
+END
+$body$;
+
+
+-- The same, refused if the sequence lags behind the events: it was put back, or a dump was restored without it. Numbers
+-- drawn then would stand before what readers have passed, and events above it would be read by nobody.
+CREATE OR REPLACE FUNCTION hindsight.checked_next_number_v1() RETURNS bigint
+LANGUAGE plpgsql VOLATILE AS $body$
+DECLARE
+    -- Before the sequence is read: what is visible here had its number drawn earlier still.
+    last_event bigint := (SELECT max(e.transaction_no) FROM hindsight.events AS e);
+    next_number bigint := hindsight.next_number_v1();
+BEGIN
+    IF last_event >= next_number THEN
+        RAISE EXCEPTION 'the sequence transaction_no is at %, behind the events, which have come to %', next_number - 1, last_event
+            USING ERRCODE = 'HS002', HINT = 'Open the store as a role that may write; it calls advance_sequence_v1().';
+    END IF;
+    RETURN next_number;
 END
 $body$;
 
@@ -184,12 +220,14 @@ DECLARE
     setting constant text := 'hindsight_fast.bound_' || 'hindsight.transaction_no'::regclass::oid;
     bound   bigint := nullif(current_setting(setting, true), '')::bigint;
     number  bigint;
+    namespace bigint;
 BEGIN
     IF bound IS NULL THEN
-        bound := hindsight.next_number_v1();
+        bound := hindsight.checked_next_number_v1();
         -- Shared: appends do not wait for each other here. A lock, because it goes exactly when the transaction's
         -- fate is visible to all, also when its backend is killed, and stays through a PREPARE TRANSACTION.
-        PERFORM pg_advisory_xact_lock_shared((m.lock_namespace::bigint << 48) | bound) FROM hindsight.store_meta AS m;
+        SELECT m.lock_namespace INTO STRICT namespace FROM hindsight.store_meta AS m;
+        PERFORM pg_advisory_xact_lock_shared((namespace << 48) | bound);
         -- Local: goes with the transaction, or with the savepoint that also takes the lock with it.
         PERFORM set_config(setting, bound::text, true);
     END IF;
@@ -254,43 +292,80 @@ END
 $body$;
 
 
+-- Which run of which server this is; a text, to be compared and nothing else. A server that recovers from a crash may
+-- give out numbers again that no committed transaction had used, and no bound survives that. When one backend is killed
+-- the postmaster recovers without being started anew: the second part tells, because a crash discards all statistics.
+CREATE OR REPLACE FUNCTION hindsight.server_run_v1() RETURNS text
+LANGUAGE sql STABLE AS $body$
+    SELECT extract(epoch FROM pg_postmaster_start_time()) || ' ' || extract(epoch FROM pg_stat_get_bgwriter_stat_reset_time())
+$body$;
+
+
 -- The bound of what may be read: every event below it is committed and visible to a statement that starts after this
--- one, or never will be. Good only on the server that it came from, which server_started tells.
-CREATE OR REPLACE FUNCTION hindsight.read_barrier_v1(OUT bound bigint, OUT server_started timestamptz)
+-- one, or never will be. Good only in the run of the server that it came from.
+CREATE OR REPLACE FUNCTION hindsight.read_barrier_v1(OUT bound bigint, OUT server_run text)
 LANGUAGE plpgsql VOLATILE AS $body$
 DECLARE
-    namespace integer := (SELECT lock_namespace FROM hindsight.store_meta);
+    namespace integer;
     registered bigint;
 BEGIN
     IF pg_is_in_recovery() THEN
         RAISE EXCEPTION 'a standby does not show the locks of its primary, so no bound can be had here'
-            USING ERRCODE = 'HS005', HINT = 'Read from the primary.';
+            USING ERRCODE = 'HS005', HINT = 'Connect to the primary.';
     END IF;
     IF current_setting('transaction_isolation') NOT IN ('read committed', 'read uncommitted') THEN
         RAISE EXCEPTION 'reading in order needs READ COMMITTED, not %', upper(current_setting('transaction_isolation'))
             USING ERRCODE = 'HS004';
     END IF;
+    server_run := hindsight.server_run_v1();
+    SELECT m.lock_namespace INTO STRICT namespace FROM hindsight.store_meta AS m;
     -- First the sequence, then the registrations; the other way round a number drawn between the two would be missed.
-    bound := hindsight.next_number_v1();
+    bound := hindsight.checked_next_number_v1();
     SELECT min(((l.classid::bigint << 32) | l.objid::bigint) & 281474976710655) INTO registered
     FROM pg_locks AS l
     WHERE l.locktype = 'advisory' AND l.mode = 'ShareLock' AND l.granted AND l.objsubid = 1
       AND l.classid::bigint >> 16 = namespace
       AND l.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database());
     bound := least(bound, registered);
-    server_started := pg_postmaster_start_time();
 END
 $body$;
 
 
--- True, or an error: stands in the WHERE of every page, so that a bound is never used on another server than its own.
-CREATE OR REPLACE FUNCTION hindsight.bound_holds_v1(started timestamptz) RETURNS boolean
+-- True, or an error: stands in the WHERE of every page, so that a bound is never used in another run than its own.
+CREATE OR REPLACE FUNCTION hindsight.bound_holds_v1(bounds_run text) RETURNS boolean
 LANGUAGE plpgsql STABLE AS $body$
 BEGIN
-    IF started <> pg_postmaster_start_time() THEN
+    IF bounds_run <> hindsight.server_run_v1() THEN
         RAISE EXCEPTION 'the server was restarted or replaced since this bound was read' USING ERRCODE = 'HS003';
     END IF;
     RETURN true;
+END
+$body$;
+
+
+-- The version of a stream's first event behind a cursor, or NULL. By halving: in a stream, versions and cursors rise
+-- together, and versions have no holes.
+CREATE OR REPLACE FUNCTION hindsight.first_version_behind_v1(stream uuid, after_transaction_no bigint, after_sequence_no integer)
+RETURNS bigint
+LANGUAGE plpgsql STABLE SET enable_seqscan = off SET jit = off AS $body$
+DECLARE
+    low     bigint := 0;    -- every version below it stands at or before the cursor
+    high    bigint := (SELECT max(e.stream_version) + 1 FROM hindsight.events AS e WHERE e.stream_id = stream);
+    last    bigint := high;
+    middle  bigint;
+    behind  boolean;
+BEGIN
+    WHILE low < high LOOP
+        middle := (low + high) / 2;
+        SELECT (e.transaction_no, e.sequence_no) > (after_transaction_no, after_sequence_no) INTO STRICT behind
+        FROM hindsight.events AS e WHERE e.stream_id = stream AND e.stream_version = middle;
+        IF behind THEN
+            high := middle;
+        ELSE
+            low := middle + 1;
+        END IF;
+    END LOOP;
+    RETURN CASE WHEN low < last THEN low END;
 END
 $body$;
 

@@ -20,8 +20,23 @@ if TYPE_CHECKING:
 BEHIND_CURSOR: Final = "(e.transaction_no, e.sequence_no) > (%s::bigint, %s::integer)"
 
 # Numbers at or above the bound may still belong to open appends; a reader that passed them would skip those for ever.
-# bound_holds_v1 raises when the server is not the one that the bound came from.
-BELOW_BOUND: Final = "e.transaction_no < %s::bigint AND {schema}.bound_holds_v1(%s::timestamptz)"
+# bound_holds_v1 raises when the server is not in the run that the bound came from.
+BELOW_BOUND: Final = "e.transaction_no < %s::bigint AND {schema}.bound_holds_v1(%s::text)"
+
+# One stream's part of the log, a span of versions at a time. "+ 0" keeps the planner from the primary key: short of
+# statistics it combined both indexes, and read all of the larger one for each page.
+STREAM_SPAN: Final = "e.stream_id = %s::uuid AND e.stream_version BETWEEN %s::bigint AND %s::bigint"
+STREAM_BELOW_BOUND: Final = "e.transaction_no + 0 < %s::bigint AND {schema}.bound_holds_v1(%s::text)"
+
+# From which version on a stream's events stand behind a cursor (NULL: none does), and the stream's last version.
+STREAM_START: Final = """
+    SELECT {schema}.first_version_behind_v1(%s::uuid, %s::bigint, %s::integer),
+        (SELECT h.stream_version FROM {schema}.stream_heads AS h WHERE h.stream_id = %s::uuid)
+"""
+
+UP_TO_CURSOR: Final = "(e.transaction_no, e.sequence_no) <= (%s::bigint, %s::integer)"
+NAMES_FILTER: Final = "e.event_name = ANY(%s::text[])"
+CORRELATION_FILTER: Final = "e.correlation_id = %s::uuid"
 
 # A page of a filtered read ends where this many rows were scanned, not where as many were found: otherwise a rare event
 # makes one statement run for minutes. Index-only; no row means that the rest fits into one page.
@@ -43,11 +58,11 @@ STREAM_PAGE: Final = """
 
 STREAM_VERSION: Final = "SELECT h.stream_version FROM {schema}.stream_heads AS h WHERE h.stream_id = %s::uuid"
 
-READ_BARRIER: Final = "SELECT b.bound, b.server_started FROM {schema}.read_barrier_v1() AS b"
+READ_BARRIER: Final = "SELECT b.bound, b.server_run FROM {schema}.read_barrier_v1() AS b"
 
 HEAD: Final = """
     SELECT e.transaction_no, e.sequence_no FROM {schema}.events AS e
-    WHERE e.transaction_no < %s::bigint AND {schema}.bound_holds_v1(%s::timestamptz)
+    WHERE e.transaction_no < %s::bigint AND {schema}.bound_holds_v1(%s::text)
     ORDER BY e.transaction_no DESC, e.sequence_no DESC LIMIT 1
 """
 
@@ -70,6 +85,9 @@ BEGIN_COPY: Final = """
 """
 
 COPY_EVENTS: Final = "COPY {schema}.events ({columns}) FROM STDIN (FORMAT BINARY)"
+
+# A chunk that waits for a lock holds others: it gives up soon, and is sent again.
+LIMIT_LOCK_WAIT: Final = "SELECT set_config('lock_timeout', '2s', true)"
 
 CHECK_WRITABLE: Final = "SELECT {schema}.check_writable_v1(%s::integer, %s::bigint)"
 
@@ -120,6 +138,7 @@ class Statements:
         self._schema = _Escaped(self.quoted_schema)
         self._columns = sql.SQL(", ").join(sql.Identifier("e", column) for column in EVENT_COLUMNS)
         self.stream_version = self._compose(STREAM_VERSION)
+        self.stream_start = self._compose(STREAM_START)
         self.read_barrier = self._compose(READ_BARRIER)
         self.head = self._compose(HEAD)
         self.found_layout = self._compose(FOUND_LAYOUT)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 from uuid import UUID
 
 import psycopg
 from psycopg import errors
+from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
 from psycopg_pool import ConnectionPool
 
@@ -21,12 +22,16 @@ from .importer import ImportProgress, ImportReport, check_import_id, run_import
 from .reading import (
     PAGE_ROWS,
     LogReader,
+    PageReader,
+    StreamLogReader,
     StreamReader,
+    check_after,
+    check_correlation_id,
     check_count,
     check_event_names,
     check_stream_id,
 )
-from .schema import LAYOUT, StoreMeta, check_layout, check_schema_name, schema_sql
+from .schema import LAYOUT, StoreMeta, check_layout, check_schema_name, refusal_of, schema_sql
 from .statements import FOUND_TABLE, Statements
 
 if TYPE_CHECKING:
@@ -92,6 +97,8 @@ class EventStore:
                 max_size=self._pool_size,
                 timeout=self._timeout,
                 configure=_configure,
+                # An idle connection may not have survived its server: one round trip tells.
+                check=ConnectionPool.check_connection,
                 open=True,
                 name="hindsight_fast",
             )
@@ -154,7 +161,24 @@ class EventStore:
         Constant memory, whatever the length: events are fetched page by page, and no connection is held between
         pages. *event_types* are names. Raises SchemaError without a schema.
         """
-        reader = self._log_reader(after, event_types, stream_id, correlation_id, limit, PAGE_ROWS)
+        check_after(after)
+        names = check_event_names(event_types)
+        check_correlation_id(correlation_id)
+        limit = None if limit is None else check_count(limit, "limit")
+        reader: PageReader
+        if stream_id is None:
+            reader = LogReader(
+                self._statements, after=after, event_names=names, correlation_id=correlation_id, limit=limit
+            )
+        else:
+            reader = StreamLogReader(
+                self._statements,
+                stream_id=check_stream_id(stream_id),
+                after=after,
+                event_names=names,
+                correlation_id=correlation_id,
+                limit=limit,
+            )
         return _one_by_one(self._pages(reader))
 
     def read_batches(
@@ -168,8 +192,13 @@ class EventStore:
 
         Batches are smaller at first, and where events are so large that *batch_size* of them exceed 8 MB.
         """
-        check_count(batch_size, "batch_size", least=1)
-        return self._pages(self._log_reader(after, event_types, None, None, None, batch_size))
+        reader = LogReader(
+            self._statements,
+            after=check_after(after),
+            event_names=check_event_names(event_types),
+            page_rows=check_count(batch_size, "batch_size", least=1),
+        )
+        return self._pages(reader)
 
     def read_stream(
         self,
@@ -266,12 +295,16 @@ class EventStore:
             if connection.autocommit:
                 yield connection
                 return
-            connection.autocommit = True
             try:
+                connection.autocommit = True
                 yield connection
             finally:
-                if not connection.closed:
+                # An interrupt can leave a statement under way. Such a connection is not given back: the pool makes
+                # another, and what was raised is what the caller sees.
+                if connection.info.transaction_status == TransactionStatus.IDLE:
                     connection.autocommit = False
+                else:
+                    connection.close()
 
     def _ask(self, connection: Connection, statement: bytes, parameters: Sequence[Any] = ()) -> psycopg.Cursor[Any]:
         """Run a statement in binary format. Raises SchemaError where the tables are missing."""
@@ -282,16 +315,22 @@ class EventStore:
             # costs 0.1 ms of the 8 that a page takes.
             return cursor.execute(statement, parameters, binary=True, prepare=False)
         except (errors.UndefinedTable, errors.InvalidSchemaName, errors.UndefinedFunction) as error:
-            if connection.info.transaction_status == psycopg.pq.TransactionStatus.IDLE:
+            if connection.info.transaction_status == TransactionStatus.IDLE:
                 check_layout(self.schema, self._found_layout(connection))
             raise SchemaError(f"schema {self.schema!r} is not complete: {error}", schema=self.schema) from error
+        except psycopg.Error as error:
+            if (refusal := refusal_of(error, self.schema)) is not None:
+                raise refusal from error
+            raise
 
     def _check_store(self, connection: Connection) -> None:
         check_encodings(connection.info)
         layout = self._found_layout(connection)
         if layout is not None:
             check_layout(self.schema, layout)
-            self._prepare_to_write(connection)
+            with suppress(errors.InsufficientPrivilege, errors.ReadOnlySqlTransaction):
+                # Who may only read leaves it to the first who writes; where it matters to readers they are refused.
+                self._prepare_to_write(connection)
 
     def _found_layout(self, connection: Connection) -> int | None:
         cursor = psycopg.Cursor(connection, row_factory=tuple_row)
@@ -311,7 +350,7 @@ class EventStore:
             self._ask(connection, self._statements.advance_sequence)
         return meta
 
-    def _pages(self, reader: LogReader | StreamReader) -> Iterator[list[RecordedEvent]]:
+    def _pages(self, reader: PageReader) -> Iterator[list[RecordedEvent]]:
         while (request := reader.request()) is not None:
             try:
                 with self._connection() as connection:
@@ -323,36 +362,11 @@ class EventStore:
             if events:
                 yield events
 
-    def _answer(
-        self, connection: Connection, reader: LogReader | StreamReader, request: Request
-    ) -> list[RecordedEvent]:
+    def _answer(self, connection: Connection, reader: PageReader, request: Request) -> list[RecordedEvent]:
         cursor = self._ask(connection, request.statement, request.parameters)
         result = cursor.pgresult
         assert result is not None
         return reader.take(None if request.answers == "events" else cursor.fetchall(), result)
-
-    def _log_reader(
-        self,
-        after: Cursor,
-        event_types: Iterable[str] | None,
-        stream_id: UUID | None,
-        correlation_id: UUID | None,
-        limit: int | None,
-        page_rows: int,
-    ) -> LogReader:
-        if not isinstance(after, Cursor):
-            raise TypeError(f"after must be a Cursor, not {type(after).__name__}")
-        if correlation_id is not None and not isinstance(correlation_id, UUID):
-            raise TypeError(f"correlation_id must be a UUID, not {type(correlation_id).__name__}")
-        return LogReader(
-            self._statements,
-            after=after,
-            event_names=check_event_names(event_types),
-            stream_id=None if stream_id is None else check_stream_id(stream_id),
-            correlation_id=correlation_id,
-            limit=None if limit is None else check_count(limit, "limit"),
-            page_rows=page_rows,
-        )
 
 
 def _configure(connection: Connection) -> None:
