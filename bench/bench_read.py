@@ -47,7 +47,8 @@ class Pages:
         statements = Statements("hindsight")
         self._barrier = statements.read_barrier
         self._text = {
-            rows: statements.log_page([BEHIND_CURSOR, BELOW_BOUND], rows) for rows in (FIRST_PAGE_ROWS, PAGE_ROWS)
+            rows: statements.log_page([BEHIND_CURSOR, BELOW_BOUND], rows, page_bytes=None)
+            for rows in (FIRST_PAGE_ROWS, PAGE_ROWS)
         }
 
     def __iter__(self) -> Iterator[psycopg.Cursor]:
@@ -58,7 +59,7 @@ class Pages:
         size, fetched = FIRST_PAGE_ROWS, 0
         while fetched < self._count:
             cursor = psycopg.Cursor(self._connection)
-            cursor.execute(self._text[size], (*place, *bound), binary=True, prepare=False)
+            cursor.execute(self._text[size], (*place, *bound[:2]), binary=True, prepare=False)
             result = cursor.pgresult
             assert result is not None
             rows = result.ntuples

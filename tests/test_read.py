@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import threading
 import uuid
 from collections.abc import Iterator
@@ -108,13 +109,22 @@ def test_a_stream_is_read_either_way_and_by_range(mixed: EventStore) -> None:
 
 
 def test_a_page_shrinks_for_large_events(store: EventStore) -> None:
-    big = json.dumps({"stream": "s", "type": "t", "data": {"text": "x" * 1_000_000}}).encode()
-    small = [line(n) for n in range(1000)]
-    store.import_events([*small, *[big] * 40, *small], import_id="big")
-    batches = list(store.read_batches())
-    assert sum(len(batch) for batch in batches) == 2040
-    heavy = [sum(len(event.data) for event in batch) for batch in batches]
-    assert max(heavy) <= 2 * reading.PAGE_BYTES
+    chance = random.Random(0)
+    # One that the server compresses fourfold, one that it cannot: 40 MB and 30 MB of each, amid small ones.
+    words = json.dumps([f"word {chance.randrange(10**9)}" for _ in range(50_000)])
+    noise = chance.randbytes(375_000).hex()
+    big = [b'{"stream":"s","type":"t","data":{"text":%s}}' % text.encode() for text in (words, f'"{noise}"')]
+    small = [line(n) for n in range(6000)]
+    store.import_events([*small, *[big[0]] * 40, *small, *[big[1]] * 40, *small], import_id="big")
+    everything = list(store.read())
+    assert len(everything) == 3 * 6000 + 80
+    for names in (None, ["t", "placed"], ["t"]):
+        batches = list(store.read_batches(event_types=names))
+        expected = [event for event in everything if names is None or event.name in names]
+        assert [event for batch in batches for event in batch] == expected
+        heavy = [sum(len(event.data) for event in batch) for batch in batches]
+        assert max(heavy) <= 2 * reading.PAGE_BYTES
+    assert len(list(store.read(limit=6050))) == 6050
 
 
 def test_wrong_arguments_are_refused_before_anything_is_asked() -> None:
@@ -334,7 +344,7 @@ def test_a_bound_is_not_used_on_another_server(mixed: EventStore, database: str)
     first = next(pages)
     assert reader.bound is not None
     # What a page meets after the server was replaced. tests/faults crashes a real one.
-    reader.bound = reading.Bound(reader.bound.number, "another run")
+    reader.bound = reader.bound._replace(server_run="another run")
     request = reader.request()
     assert request is not None
     with mixed._connection() as connection, pytest.raises(psycopg.DatabaseError, match="restarted or replaced"):

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 PAGE_ROWS = 5_000
 """Rows of a full page: enough that asking for it costs a hundredth of what fetching it does."""
 PAGE_BYTES = 8 * 1024 * 1024
-"""What a page of large events should not exceed: the next page's rows follow from the size of the last one's."""
+"""What a page of large events should not exceed. Of a single stream the next page's rows follow from the last one's."""
 FIRST_PAGE_ROWS = 500
 """Before anything is known of the events' size."""
 SCAN_ROWS = 20_000
@@ -53,6 +53,7 @@ class Bound(NamedTuple):
 
     number: int
     server_run: str
+    large_events: bool  # some below it are stored out of line, so pages are measured before they are sent
 
 
 class PageSize:
@@ -155,9 +156,9 @@ class BoundedReader(PageReader):
 
     def _take_values(self, rows: list[tuple[Any, ...]]) -> None:
         if self.bound is None:
-            number, server_run = rows[0]
+            number, server_run, large_events = rows[0]
             self._last_number = number if self._last_number is None else self._last_number
-            self.bound = Bound(min(number, self._last_number), server_run)
+            self.bound = Bound(min(number, self._last_number), server_run, large_events)
         else:
             self._take_place(rows)
 
@@ -195,13 +196,14 @@ class LogReader(BoundedReader):
 
     def _next_below(self, bound: Bound) -> Request:
         where: list[LiteralString] = [BEHIND_CURSOR, BELOW_BOUND]
-        values: list[Any] = [self.position.transaction_no, self.position.sequence_no, *bound]
+        values: list[Any] = [self.position.transaction_no, self.position.sequence_no, bound.number, bound.server_run]
         if self._scans and self._page_end is None:
             return Request(self._statements.page_end(where, SCAN_ROWS - 1), tuple(values), "values")
         if isinstance(self._page_end, Cursor):
             where.append(UP_TO_CURSOR)
             values += [self._page_end.transaction_no, self._page_end.sequence_no]
-        statement = self._statements.log_page([*where, *self._filters], self._wanted())
+        page_bytes = PAGE_BYTES if bound.large_events else None
+        statement = self._statements.log_page([*where, *self._filters], self._wanted(), page_bytes=page_bytes)
         return Request(statement, (*values, *self._filter_values), "events")
 
     def _take_place(self, rows: list[tuple[Any, ...]]) -> None:
@@ -210,7 +212,8 @@ class LogReader(BoundedReader):
     def _take_events(self, events: list[RecordedEvent], wanted: int) -> None:
         if events:
             self.position = events[-1].cursor
-        if len(events) < wanted:
+        # A page that was measured may be short for its bytes; only an empty one is the end then.
+        if not events or (len(events) < wanted and self.bound is not None and not self.bound.large_events):
             if isinstance(self._page_end, Cursor):
                 # All that was scanned has been seen: go on behind it, whatever matched.
                 self.position = self._page_end
@@ -255,7 +258,7 @@ class StreamLogReader(BoundedReader):
             [STREAM_SPAN, STREAM_BELOW_BOUND, *self._filters], self._wanted(), backwards=False
         )
         span = (self._stream_id, self._next_version, self._span_end)
-        return Request(statement, (*span, *bound, *self._filter_values), "events")
+        return Request(statement, (*span, bound.number, bound.server_run, *self._filter_values), "events")
 
     def _take_place(self, rows: list[tuple[Any, ...]]) -> None:
         self._next_version, last_version = rows[0]

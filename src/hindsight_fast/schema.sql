@@ -302,8 +302,9 @@ $body$;
 
 
 -- The bound of what may be read: every event below it is committed and visible to a statement that starts after this
--- one, or never will be. Good only in the run of the server that it came from.
-CREATE OR REPLACE FUNCTION hindsight.read_barrier_v1(OUT bound bigint, OUT server_run text)
+-- one, or never will be. Good only in the run of the server that it came from. Also tells whether any event is so large
+-- that it is stored out of line, because then pages have to be measured.
+CREATE OR REPLACE FUNCTION hindsight.read_barrier_v1(OUT bound bigint, OUT server_run text, OUT large_events boolean)
 LANGUAGE plpgsql VOLATILE AS $body$
 DECLARE
     namespace integer;
@@ -327,6 +328,9 @@ BEGIN
       AND l.classid::bigint >> 16 = namespace
       AND l.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database());
     bound := least(bound, registered);
+    large_events := (
+        SELECT pg_relation_size(c.reltoastrelid) > 0 FROM pg_class AS c WHERE c.oid = 'hindsight.events'::regclass
+    );
 END
 $body$;
 

@@ -238,7 +238,7 @@ class EventStore:
         with self._connection() as connection:
             bound = self._ask(connection, self._statements.read_barrier).fetchone()
             assert bound is not None
-            row = self._ask(connection, self._statements.head, bound).fetchone()
+            row = self._ask(connection, self._statements.head, bound[:2]).fetchone()
         return None if row is None else Cursor(*row)
 
     # Importing
