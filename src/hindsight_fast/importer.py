@@ -148,7 +148,7 @@ class ChunkMaker:
         self._line_no = 0
         self._offset = 0
         self._ended = False
-        self._failure: ImportFailed | None = None
+        self._failure: Exception | None = None  # raised when its chunk is due: the one before it is not to blame
         self._begin()
 
     def skip_to(self, checkpoint: Checkpoint) -> None:
@@ -223,7 +223,7 @@ class ChunkMaker:
     def finish(self) -> Chunk:
         """Complete the chunk, waiting for the source where need be, and begin the next one.
 
-        Raises ImportFailed if one of its lines is bad: nothing of a chunk with a bad line is stored.
+        Raises ImportFailed if one of its lines is bad, or what the source raised: nothing of such a chunk is stored.
         """
         while self.step(wait=True, lines=1_000):
             pass
@@ -246,6 +246,9 @@ class ChunkMaker:
             block = self._source.next_block(wait=wait)
         except SourceError as error:
             self._failure = self._failed(error.reason, error.line_no, None)
+            return False
+        except Exception as error:  # noqa: BLE001 - whatever the caller's source raises; kept, and raised by finish()
+            self._failure = error
             return False
         if block == "not yet":
             return False
