@@ -81,6 +81,11 @@ class Commands(click.Group):
                 _say(_without_passwords(traceback.format_exc().rstrip(), ctx))
             else:
                 _say(f"Error: {_without_passwords(_one_line(error), ctx)}")
+            try:
+                sys.stdout.flush()
+            except (OSError, ValueError, AttributeError):
+                # What a full disk did not take would be tried again at Python's end, which then exits with 120.
+                _drop_stdout()
             ctx.exit(BAD_DATA if isinstance(error, ImportFailed) else FAILED)
 
 
