@@ -14,6 +14,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
@@ -35,11 +36,13 @@ def main(arguments: list[str]) -> int:
             command.append(f"--benchmark-json={results}")
         # Results of an earlier run must not pass for this one's.
         results.unlink(missing_ok=True)
+        idle = [_idle_percent()]
         status = subprocess.run(command, cwd=ROOT, check=False).returncode
         if not results.exists() or not results.stat().st_size:
             print("no report: nothing was measured", file=sys.stderr)
             return status or 1
         run = json.loads(results.read_text())
+    run["idle"] = [*idle, _idle_percent()]
     REPORT.parent.mkdir(exist_ok=True)
     REPORT.write_text(report_of(run, command_line(arguments)))
     print(f"wrote {REPORT.relative_to(ROOT)}")
@@ -63,6 +66,13 @@ def report_of(run: dict[str, Any], command: str) -> str:
         "percent from day to day; ratios are what counts. A contender whose answer was wrong gets no number.",
         "",
     ]
+    if "idle" in run:
+        before, after = run["idle"]
+        lines += [
+            f"Without the benchmarks the machine's processors were {before:.0f} % idle just before the run and "
+            f"{after:.0f} % just after it. Well below 90 %, others took part: then do not trust these figures.",
+            "",
+        ]
     lines += _machine(run.get("machine_info", {}), facts)
     lines += _summary(run, facts)
     for benchmark in run["benchmarks"]:
@@ -70,6 +80,18 @@ def report_of(run: dict[str, Any], command: str) -> str:
         lines += _comparison(benchmark["extra_info"]) if "comparison" in benchmark["extra_info"] else []
         lines += _figures(benchmark["extra_info"]["figures"]) if "figures" in benchmark["extra_info"] else []
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _idle_percent(seconds: float = 3.0) -> float:
+    """How much of all processors' time nobody wants, looked at for so many seconds."""
+
+    def times() -> list[int]:
+        return [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+
+    before = times()
+    time.sleep(seconds)
+    passed = [later - earlier for earlier, later in zip(before, times(), strict=True)]
+    return 100 * (passed[3] + passed[4]) / max(sum(passed), 1)  # idle, and waiting for a disk
 
 
 def _machine(machine: dict[str, Any], facts: dict[str, Any]) -> Iterator[str]:
