@@ -15,7 +15,7 @@ from contenders import ROUNDS, Contender, compare
 from datasets import IMPORT_ID
 from hindsight_fast import EventStore
 from hindsight_fast._core import EVENT_COLUMNS, decode_result, decode_row
-from hindsight_fast.results import decode_payload, events_of, result_reader
+from hindsight_fast.results import events_of, result_reader
 from plain_python import decode_row as twin_decode_row
 from plain_python import decode_values, encode_row, in_utc
 
@@ -102,7 +102,7 @@ def bench_result_to_events(benchmark, cursor, rows):
         Contender("decode_result: events, nothing of them read yet", lambda: events_of(result), COUNT,
                   _check_events(rows)),
         Contender("decode_result through get_value (pure Python psycopg)",
-                  lambda: decode_result(result, decode_payload, None), COUNT, _check_events(rows)),
+                  lambda: decode_result(result), COUNT, _check_events(rows)),
         Contender("psycopg fetchall(), json by the standard library", lambda: _fetch_all(cursor), COUNT,
                   _check_tuples(rows)),
         Contender("plain twin, payload not parsed", lambda: _by_twin(result, TWIN_COUNT), TWIN_COUNT,
@@ -170,7 +170,7 @@ def bench_row_to_event(benchmark, cursor, rows):
     some = encoded[:TWIN_COUNT]
     compare(
         benchmark,
-        Contender("decode_row", lambda: [decode_row(row, decode_payload) for row in encoded], COUNT,
+        Contender("decode_row", lambda: [decode_row(row) for row in encoded], COUNT,
                   _check_events(rows)),
         Contender("plain twin, payload not parsed", lambda: [twin_decode_row(row) for row in some], TWIN_COUNT,
                   _check_twins(rows[:TWIN_COUNT])),

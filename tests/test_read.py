@@ -350,7 +350,7 @@ def test_a_bound_is_not_used_on_another_server(mixed: EventStore, database: str)
     with mixed._connection() as connection, pytest.raises(psycopg.DatabaseError, match="restarted or replaced"):
         mixed._ask(connection, request.statement, request.parameters)
     rest = [event for page in pages for event in page]  # asks for a new bound and goes on
-    assert numbers(iter(first + rest)) == list(range(600))
+    assert numbers(iter([*first, *rest])) == list(range(600))
 
 
 def test_a_bound_that_expires_at_once_ends_the_read_instead_of_spinning(mixed: EventStore, database: str) -> None:

@@ -9,6 +9,7 @@ Their plain Python twins are the oracle of the tests and are not shipped.
 cimport cython
 from cpython cimport datetime as c_datetime
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.number cimport PyNumber_AsSsize_t
 from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
 from cpython.object cimport Py_EQ, Py_GE, Py_GT, Py_LE, Py_LT, Py_NE, PyTypeObject
 from cpython.unicode cimport PyUnicode_DecodeUTF8
@@ -30,6 +31,7 @@ __all__ = [
     "COPY_TRAILER",
     "EVENT_COLUMNS",
     "Cursor",
+    "EventBatch",
     "EventRows",
     "RecordedEvent",
     "ResultReader",

@@ -1,9 +1,9 @@
 """The typed face of the compiled core (sources in src/_core)."""
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from datetime import datetime
 from types import GenericAlias
-from typing import Any, ClassVar, Final, Generic, Protocol, final
+from typing import Any, ClassVar, Final, Generic, Protocol, Self, final, overload
 from uuid import UUID
 
 from typing_extensions import Buffer, TypeVar
@@ -15,6 +15,7 @@ __all__ = [
     "COPY_TRAILER",
     "EVENT_COLUMNS",
     "Cursor",
+    "EventBatch",
     "EventRows",
     "RecordedEvent",
     "ResultReader",
@@ -105,7 +106,7 @@ class RecordedEvent(Generic[_T_co]):
     def __hash__(self) -> int: ...
 
 class _Result(Protocol):
-    """What decode_result needs of a ``psycopg.pq.PGresult``."""
+    """What an EventBatch needs of a ``psycopg.pq.PGresult``."""
 
     @property
     def ntuples(self) -> int: ...
@@ -116,11 +117,32 @@ class _Result(Protocol):
 
 @final
 class ResultReader:
-    def __init__(self, library: str) -> None: ...
+    def __new__(cls, library: str) -> Self: ...
     @property
     def library(self) -> str: ...
 
-def decode_row(row: Buffer, decode_payload: Callable[[RecordedEvent], Any]) -> RecordedEvent: ...
+@final
+class EventBatch(Sequence[RecordedEvent]):
+    def __init__(
+        self,
+        result: _Result,
+        decode_payload: Callable[[RecordedEvent], Any] | None = None,
+        reader: ResultReader | None = None,
+    ) -> None: ...
+    def __len__(self) -> int: ...
+    @overload
+    def __getitem__(self, index: int, /) -> RecordedEvent: ...
+    @overload
+    def __getitem__(self, index: slice, /) -> list[RecordedEvent]: ...
+    def __iter__(self) -> Iterator[RecordedEvent]: ...
+    def index(self, event: object, start: int = 0, stop: int = ...) -> int: ...
+    def count(self, event: object) -> int: ...
+    @property
+    def payload_bytes(self) -> int: ...
+
+def decode_row(row: Buffer, decode_payload: Callable[[RecordedEvent], Any] | None = None) -> RecordedEvent: ...
 def decode_result(
-    result: _Result, decode_payload: Callable[[RecordedEvent], Any], reader: ResultReader | None = None
+    result: _Result,
+    decode_payload: Callable[[RecordedEvent], Any] | None = None,
+    reader: ResultReader | None = None,
 ) -> list[RecordedEvent]: ...

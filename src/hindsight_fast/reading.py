@@ -7,7 +7,7 @@ below it. Reading one stream needs no bound.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, LiteralString, NamedTuple
 from uuid import UUID
 
@@ -26,6 +26,7 @@ from .statements import (
 if TYPE_CHECKING:
     from psycopg.pq.abc import PGresult
 
+    from ._core import EventBatch
     from .statements import Statements
 
 PAGE_ROWS = 5_000
@@ -66,8 +67,8 @@ class PageSize:
     def at_most(self, remaining: int | None) -> int:
         return self.rows if remaining is None else min(self.rows, remaining)
 
-    def learn(self, events: list[RecordedEvent]) -> None:
-        size = sum(len(event.data) for event in events)
+    def learn(self, events: EventBatch) -> None:
+        size = events.payload_bytes
         # Up to tenfold at a step: a few small events do not promise that all are small.
         self.rows = max(1, min(self.most, self.rows * 10, PAGE_BYTES * len(events) // (size + 1)))
 
@@ -89,7 +90,7 @@ class PageReader(ABC):
         """Return what to ask next, None when the read has ended."""
         return None if self._done else self._next_request()
 
-    def take(self, rows: list[tuple[Any, ...]] | None, result: PGresult) -> list[RecordedEvent]:
+    def take(self, rows: list[tuple[Any, ...]] | None, result: PGresult) -> Sequence[RecordedEvent]:
         """Take the answer to the last request: plain *rows*, or a *result* with events. Returns the events."""
         if rows is not None:
             self._take_values(rows)
@@ -116,7 +117,7 @@ class PageReader(ABC):
         raise AssertionError("this reader asks for events only")
 
     @abstractmethod
-    def _take_events(self, events: list[RecordedEvent], wanted: int) -> None: ...
+    def _take_events(self, events: Sequence[RecordedEvent], wanted: int) -> None: ...
 
     def _wanted(self) -> int:
         return self._page.at_most(self._remaining)
@@ -209,7 +210,7 @@ class LogReader(BoundedReader):
     def _take_place(self, rows: list[tuple[Any, ...]]) -> None:
         self._page_end = Cursor(*rows[0]) if rows else "the end"
 
-    def _take_events(self, events: list[RecordedEvent], wanted: int) -> None:
+    def _take_events(self, events: Sequence[RecordedEvent], wanted: int) -> None:
         if events:
             self.position = events[-1].cursor
         # A page that was measured may be short for its bytes; only an empty one is the end then.
@@ -267,7 +268,7 @@ class StreamLogReader(BoundedReader):
         else:
             self._last_version = last_version
 
-    def _take_events(self, events: list[RecordedEvent], wanted: int) -> None:
+    def _take_events(self, events: Sequence[RecordedEvent], wanted: int) -> None:
         if events:
             self.position = events[-1].cursor
         # A full page may have stopped inside its span.
@@ -308,7 +309,7 @@ class StreamReader(PageReader):
         statement = self._statements.stream_page(where, self._wanted(), backwards=self._backwards)
         return Request(statement, tuple(values), "events")
 
-    def _take_events(self, events: list[RecordedEvent], wanted: int) -> None:
+    def _take_events(self, events: Sequence[RecordedEvent], wanted: int) -> None:
         if events and self._backwards:
             self._to = events[-1].stream_version - 1
         elif events:

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import msgspec
 import psycopg
 
-from ._core import RecordedEvent, ResultReader, decode_result
-from .errors import EventParseError
+from ._core import EventBatch, ResultReader
 
 if TYPE_CHECKING:
     from psycopg.pq.abc import PGresult
-
-# Exact where orjson is not: an integer beyond 64 bits stays an integer, whatever its size.
-_decode_json = msgspec.json.Decoder().decode
 
 
 @cache
@@ -35,14 +31,10 @@ def result_reader() -> ResultReader | None:
         return None
 
 
-def decode_payload(event: RecordedEvent) -> Any:
-    """Return the payload of *event* as plain Python values. Raises EventParseError."""
-    try:
-        return _decode_json(event.data)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise EventParseError.of(event, str(error)) from error
+# isinstance(batch, Sequence): an extension type cannot inherit it.
+Sequence.register(EventBatch)
 
 
-def events_of(result: PGresult) -> list[RecordedEvent]:
+def events_of(result: PGresult) -> EventBatch:
     """Return the events that a query for EVENT_COLUMNS in binary format answered. Raises MalformedRow."""
-    return decode_result(result, decode_payload, result_reader())
+    return EventBatch(result, None, result_reader())

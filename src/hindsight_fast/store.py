@@ -190,7 +190,8 @@ class EventStore:
     ) -> Iterator[Sequence[RecordedEvent]]:
         """Iterate as ``read`` does, by batches of 1 to *batch_size* events: the fast lane.
 
-        Batches are smaller at first, and where events are so large that *batch_size* of them exceed 8 MB.
+        Batches are smaller at first, and where events are so large that *batch_size* of them exceed 8 MB. A batch
+        decodes an event when it is asked for and keeps none: go through it once, or make a list of it.
         """
         reader = LogReader(
             self._statements,
@@ -350,7 +351,7 @@ class EventStore:
             self._ask(connection, self._statements.advance_sequence)
         return meta
 
-    def _pages(self, reader: PageReader) -> Iterator[list[RecordedEvent]]:
+    def _pages(self, reader: PageReader) -> Iterator[Sequence[RecordedEvent]]:
         while (request := reader.request()) is not None:
             try:
                 with self._connection() as connection:
@@ -362,7 +363,7 @@ class EventStore:
             if events:
                 yield events
 
-    def _answer(self, connection: Connection, reader: PageReader, request: Request) -> list[RecordedEvent]:
+    def _answer(self, connection: Connection, reader: PageReader, request: Request) -> Sequence[RecordedEvent]:
         cursor = self._ask(connection, request.statement, request.parameters)
         result = cursor.pgresult
         assert result is not None
@@ -374,6 +375,6 @@ def _configure(connection: Connection) -> None:
     connection.execute("SET default_transaction_isolation = 'read committed'")
 
 
-def _one_by_one(pages: Iterator[list[RecordedEvent]]) -> Iterator[RecordedEvent]:
+def _one_by_one(pages: Iterator[Sequence[RecordedEvent]]) -> Iterator[RecordedEvent]:
     for page in pages:
         yield from page

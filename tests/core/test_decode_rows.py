@@ -11,6 +11,7 @@ import signal
 import struct
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from datetime import UTC, datetime, timedelta
 from types import GenericAlias
@@ -25,7 +26,15 @@ import plain_python
 from compiled_core import no_payload, rows_of, seen
 from event_strategies import events
 from hindsight_fast import _core
-from hindsight_fast._core import Cursor, EventRows, RecordedEvent, ResultReader, decode_result, decode_row
+from hindsight_fast._core import (
+    Cursor,
+    EventBatch,
+    EventRows,
+    RecordedEvent,
+    ResultReader,
+    decode_result,
+    decode_row,
+)
 from hindsight_fast.errors import EventParseError, HindsightError, MalformedRow
 from leaks import kept_bytes
 from locked_page import BytesBeforeLockedPage
@@ -367,11 +376,11 @@ def test_values_that_are_no_bytes_are_refused():
 
 
 def test_wrong_arguments_are_type_errors():
-    for arguments in ((None, no_payload), (PlainResult([]), None), (PlainResult([]), no_payload, "reader")):
+    for arguments in ((None, no_payload), (PlainResult([]), no_payload, "reader")):
         with pytest.raises(TypeError):
             decode_result(*arguments)
     with pytest.raises(TypeError):
-        decode_row(ROW, None)
+        decode_row("text", None)
 
 
 # --- The reader -----------------------------------------------------------------------------------------------------
@@ -615,3 +624,51 @@ if __name__ == "__main__":
     else:
         print("reading on", flush=True)
         ctypes.string_at(BytesBeforeLockedPage().locked_address - 1, 2)
+
+
+def test_a_batch_is_a_sequence_that_keeps_no_event():
+    events = [replace(EVENT, sequence_no=n) for n in range(7)]
+    result = PlainResult([plain_python.split_row(plain_python.encode_row(event)) for event in events])
+    batch = EventBatch(result)
+    expected = decode_result(result)
+    assert isinstance(batch, Sequence)
+    assert len(batch) == 7
+    assert list(batch) == expected
+    assert list(reversed(batch)) == expected[::-1]
+    assert [batch[n] for n in range(-7, 7)] == expected * 2
+    assert batch[1:6:2] == expected[1:6:2]
+    assert batch[::-1] == expected[::-1]
+    assert expected[3] in batch
+    assert (batch.index(expected[3]), batch.count(expected[3])) == (3, 1)
+    assert batch.payload_bytes == sum(len(event.data) for event in expected)
+    assert batch[0] is not batch[0]
+    for wrong in (7, -8, 10**30):
+        with pytest.raises(IndexError):
+            batch[wrong]
+    with pytest.raises(TypeError):
+        batch["0"]
+    with pytest.raises(ValueError, match="not in list"):
+        batch.index(decode_row(plain_python.encode_row(replace(EVENT, sequence_no=99))))
+    assert "7 events" in repr(batch)
+    assert not EventBatch(PlainResult([]))
+
+
+def test_a_row_of_a_batch_that_is_no_event_is_found_when_it_is_reached():
+    good = plain_python.split_row(ROW)
+    batch = EventBatch(PlainResult([good, [good[0][:7], *good[1:]]]))
+    assert batch[0] == decode_row(ROW)
+    with pytest.raises(MalformedRow, match="transaction_no"):
+        batch[1]
+
+
+def test_without_a_decoder_a_payload_is_plain_json():
+    assert decode_row(plain_python.encode_row(replace(EVENT, payload=b'{"n": 18446744073709551616}'))).payload == {
+        "n": 2**64
+    }
+    for broken in (b"", b"{", b'{"n": 1e400}', b'"\xff"'):
+        event = decode_row(plain_python.encode_row(replace(EVENT, payload=broken)))
+        for _ in range(2):
+            with pytest.raises(EventParseError) as caught:
+                event.payload  # noqa: B018
+        assert caught.value.cursor == event.cursor
+        assert not str(caught.value.reason).startswith("metadata")
