@@ -57,15 +57,26 @@ cdef int64_t to_microseconds(object moment) except? -1:
     """
     if not isinstance(moment, datetime):
         raise TypeError(f"created_at must be a datetime, not {type(moment).__name__}")
-    if c_datetime.datetime_tzinfo(moment) is UTC:
-        # By far the most common zone, and five times as fast as subtracting.
-        return (
+    zone = c_datetime.datetime_tzinfo(moment)
+    cdef int64_t local
+    if type(zone) is timezone:
+        # UTC or another fixed offset, as a parsed text has it: several times as fast as subtracting.
+        local = (
             days_since_2000(
                 c_datetime.datetime_year(moment), c_datetime.datetime_month(moment), c_datetime.datetime_day(moment)
             ) * 86_400_000_000
             + c_datetime.datetime_hour(moment) * 3_600_000_000LL + c_datetime.datetime_minute(moment) * 60_000_000LL
             + c_datetime.datetime_second(moment) * 1_000_000LL + c_datetime.datetime_microsecond(moment)
         )
+        if zone is UTC:
+            return local
+        offset = zone.utcoffset(None)  # timezone cannot be subclassed: a timedelta, the same for every moment
+        local -= (
+            c_datetime.timedelta_days(offset) * 86_400_000_000LL + c_datetime.timedelta_seconds(offset) * 1_000_000LL
+            + c_datetime.timedelta_microseconds(offset)
+        )
+        if FIRST_DAY * 86_400_000_000 <= local < (LAST_DAY + 1) * 86_400_000_000:
+            return local
     if moment.utcoffset() is None:
         raise ValueError(f"created_at must carry a time zone: {moment.isoformat()} does not")
     since = moment - EPOCH

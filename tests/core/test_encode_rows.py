@@ -158,11 +158,18 @@ def test_a_datetime_that_subtracts_to_something_else_is_refused(answer):
         def __sub__(self, other):
             return answer
 
+    class Hour(tzinfo):  # any but the plain timezone, which the core converts by itself
+        def utcoffset(self, moment):
+            return timedelta(hours=1)
+
     rows = one_row()
     before = state_of(rows)
     with pytest.raises(TypeError, match="no timedelta"):
-        rows.add(b"e" * 16, A, "name", 1, b"{}", Odd(2024, 1, 1, tzinfo=timezone(timedelta(hours=1))))
+        rows.add(b"e" * 16, A, "name", 1, b"{}", Odd(2024, 1, 1, tzinfo=Hour()))
     assert state_of(rows) == before
+    # With a fixed offset there is nothing to subtract.
+    rows.add(b"e" * 16, A, "name", 1, b"{}", Odd(2024, 1, 1, 1, tzinfo=timezone(timedelta(hours=1))))
+    assert plain_python.decode_row(rows.row(len(rows) - 1)).created_at == datetime(2024, 1, 1, tzinfo=UTC)
 
 
 @pytest.mark.parametrize(
