@@ -12,6 +12,7 @@ import functools
 import os
 import secrets
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -40,6 +41,9 @@ TEST_SETTINGS = {
     # What a failing test was doing can be read in its log.
     "log_line_prefix": "%m [%p] %d %a ",
 }
+
+# Under nohup, or started with & from a script, pytest inherits SIGINT ignored, and so would what a test interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile("dev", deadline=None, max_examples=100)
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=200, derandomize=True, print_blob=True)

@@ -603,3 +603,18 @@ def test_every_test_gets_an_empty_database_of_its_own(
     ).fetchone() == (0,)
     assert connection.execute("SHOW max_prepared_transactions").fetchone() == ("10",)
     assert connection.info.server_version // 10000 == server.installation.major
+
+
+@needs_root
+def test_a_kept_folder_keeps_its_account(
+    installation: Installation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Data made while there was only "nobody" starts again after a package has brought "postgres"."""
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    data_dir = tmp_path / "kept"
+    monkeypatch.setenv("HINDSIGHT_PG_ACCOUNT", "nobody")
+    EmbeddedServer(data_dir, installation=installation, settings=QUICK).__enter__().stop()
+    monkeypatch.delenv("HINDSIGHT_PG_ACCOUNT")
+    with EmbeddedServer(data_dir, installation=installation, settings=QUICK) as server:
+        assert Path(f"/proc/{server.pid}").stat().st_uid == pwd.getpwnam("nobody").pw_uid

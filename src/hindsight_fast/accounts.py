@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -61,12 +61,18 @@ class Account:
         return self.succeeds("/bin/sh", "-c", f'test {operator} "$1"', "sh", path)
 
 
-def server_account() -> Account:
-    """Return our own account; for root the one that HINDSIGHT_PG_ACCOUNT names, or else "postgres" or "nobody"."""
+def server_account(data_dir: Path | None = None) -> Account:
+    """Return our own account; for root the one that HINDSIGHT_PG_ACCOUNT names, or else "postgres" or "nobody".
+
+    A *data_dir* that is there already keeps its owner: a package installed since may have brought another account.
+    """
     if (ours := os.geteuid()) != 0:
         return Account(str(ours), ours, os.getegid(), is_ours=True)
     chosen = os.environ.get("HINDSIGHT_PG_ACCOUNT")
     names = [chosen] if chosen else ["postgres", "nobody"]
+    if not chosen and data_dir is not None and data_dir.exists():
+        with suppress(KeyError):
+            names.insert(0, pwd.getpwuid(data_dir.stat().st_uid).pw_name)
     for name in names:
         try:
             entry = pwd.getpwnam(name)

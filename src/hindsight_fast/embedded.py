@@ -125,7 +125,7 @@ class EmbeddedServer:
         """
         if self.pid is not None:
             return
-        account = server_account()
+        account = server_account(self._kept_dir)
         try:
             if self._kept_dir is None:
                 self._start_own(account)
