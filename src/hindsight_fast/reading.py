@@ -129,7 +129,16 @@ class BoundedReader(PageReader):
     A bound that has expired with its server's run is asked for anew.
     """
 
-    def __init__(self, statements: Statements, after: Cursor, limit: int | None, page_rows: int) -> None:
+    def __init__(
+        self,
+        statements: Statements,
+        *,
+        after: Cursor,
+        event_names: list[str] | None,
+        correlation_id: UUID | None,
+        limit: int | None,
+        page_rows: int,
+    ) -> None:
         super().__init__(statements, limit, page_rows)
         self.position = after
         self.bound: Bound | None = None
@@ -137,11 +146,12 @@ class BoundedReader(PageReader):
         self._renewed_at: Cursor | None = None
         self._filters: list[LiteralString] = []
         self._filter_values: list[Any] = []
-
-    def filter(self, condition: LiteralString, value: object) -> None:
-        """Read only events for which *condition* holds."""
-        self._filters.append(condition)
-        self._filter_values.append(value)
+        if event_names is not None:
+            self._filters.append(NAMES_FILTER)
+            self._filter_values.append(event_names)
+        if correlation_id is not None:
+            self._filters.append(CORRELATION_FILTER)
+            self._filter_values.append(correlation_id)
 
     def renew(self, sqlstate: str | None) -> bool:
         if sqlstate != BOUND_EXPIRED or self.bound is None or self._renewed_at == self.position:
@@ -186,12 +196,15 @@ class LogReader(BoundedReader):
         limit: int | None = None,
         page_rows: int = PAGE_ROWS,
     ) -> None:
-        super().__init__(statements, after, limit, page_rows)
+        super().__init__(
+            statements,
+            after=after,
+            event_names=event_names,
+            correlation_id=correlation_id,
+            limit=limit,
+            page_rows=page_rows,
+        )
         self._page_end: Cursor | Literal["the end"] | None = None
-        if event_names is not None:
-            self.filter(NAMES_FILTER, event_names)
-        if correlation_id is not None:
-            self.filter(CORRELATION_FILTER, correlation_id)
         # One cause's events are found by an index of their own; names alone make a read scan.
         self._scans = event_names is not None and correlation_id is None
 
@@ -240,15 +253,18 @@ class StreamLogReader(BoundedReader):
         correlation_id: UUID | None = None,
         limit: int | None = None,
     ) -> None:
-        super().__init__(statements, after, limit, PAGE_ROWS)
+        super().__init__(
+            statements,
+            after=after,
+            event_names=event_names,
+            correlation_id=correlation_id,
+            limit=limit,
+            page_rows=PAGE_ROWS,
+        )
         self._stream_id = stream_id
         self._next_version: int | None = None
         self._last_version = -1
         self._span_end = -1
-        if event_names is not None:
-            self.filter(NAMES_FILTER, event_names)
-        if correlation_id is not None:
-            self.filter(CORRELATION_FILTER, correlation_id)
 
     def _next_below(self, bound: Bound) -> Request:
         if self._next_version is None:
