@@ -21,7 +21,7 @@ _UUID_TEXT: Final = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F
 
 MAX_LINE_NO: Final = 2**40 - 1
 STREAMS_REMEMBERED: Final = 65_536
-"""Names whose ids are kept: a name costs a SHA-1, ten times the look-up. Bounded, as streams are not."""
+"""Names whose ids are kept: a name costs 1.5 µs, a look-up 0.03. Bounded, as streams are not."""
 
 
 class ImportLine(msgspec.Struct, forbid_unknown_fields=True, gc=False):
