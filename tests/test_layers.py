@@ -17,7 +17,7 @@ LAYERS = [
     # Values, and rooms without a neighbour.
     {"streams", "schema", "connecting", "import_source", "progress", "installations"},
     {"statements", "results", "import_lines", "demo_events", "accounts"},
-    {"reading", "server_guard"},
+    {"reading", "read_ahead", "server_guard"},
     {"importer", "embedded"},
     {"store"},
     {"status"},
@@ -26,7 +26,8 @@ LAYERS = [
     {"cli"},
 ]
 # The only modules that may talk to a server or start one.
-SHELLS = {"store", "importer", "installations", "accounts", "server_guard", "embedded", "status", "demo", "cli"}
+SHELLS = {"store", "read_ahead", "importer", "installations", "accounts", "server_guard", "embedded"}
+SHELLS |= {"status", "demo", "cli"}
 IO_MODULES = {"psycopg_pool", "subprocess", "socket", "select"}
 
 

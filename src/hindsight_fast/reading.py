@@ -77,8 +77,11 @@ class PageReader(ABC):
     """A read that goes page by page.
 
     ``request()`` gives what to ask next, or None at the end; ``take()`` what was answered. ``renew()`` after an error
-    says whether the read can go on.
+    says whether the read can go on. ``fixed`` tells that its events are settled before the first page, so that fetching
+    a page early changes nothing.
     """
+
+    fixed = False
 
     def __init__(self, statements: Statements, limit: int | None, page_rows: int) -> None:
         self._statements = statements
@@ -128,6 +131,8 @@ class BoundedReader(PageReader):
 
     A bound that has expired with its server's run is asked for anew.
     """
+
+    fixed = True
 
     def __init__(
         self,

@@ -7,6 +7,8 @@ plan the whole table was sorted.
 
 from __future__ import annotations
 
+import re
+from itertools import count
 from typing import TYPE_CHECKING, Final, LiteralString
 
 from psycopg import sql
@@ -136,6 +138,12 @@ TABLE_SIZES: Final = """
     FROM unnest(ARRAY['events', 'stream_heads']) AS t (name)
     JOIN pg_class AS c ON c.relname = t.name AND c.relnamespace = %s::regnamespace
 """
+
+
+def numbered(statement: bytes) -> bytes:
+    """Return *statement* as libpq takes it: with $1, $2, … for each %s, and % for %%."""
+    number = count(1)
+    return re.sub(rb"%[s%]", lambda found: b"%" if found[0] == b"%%" else b"$%d" % next(number), statement)
 
 
 class _Escaped(sql.Composable):

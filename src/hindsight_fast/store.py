@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 from uuid import UUID
@@ -19,6 +20,7 @@ from .connecting import check_encodings, connection_conninfo, find_conninfo, sho
 from .errors import SchemaError, StoreClosed
 from .import_source import ImportSource
 from .importer import ImportProgress, ImportReport, check_import_id, run_import
+from .read_ahead import Pace, PageAhead
 from .reading import (
     PAGE_ROWS,
     LogReader,
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
     from .reading import Request
 
 Connection = psycopg.Connection[Any]
+
+READ_AHEAD_PATIENCE_S = 0.05
+"""How long to wait for a connection before a page is rather fetched when it is due."""
 
 
 class EventStore:
@@ -287,11 +292,11 @@ class EventStore:
     # How the store asks
 
     @contextmanager
-    def _connection(self) -> Generator[Connection, None, None]:
+    def _connection(self, timeout: float | None = None) -> Generator[Connection, None, None]:
         """Lend a connection in autocommit mode, whatever the mode of the pool it comes from."""
         if not self._open:
             raise StoreClosed(f"{self!r} is not open: use it in a with statement, or call open()")
-        with self.pool.connection(self._timeout) as connection:
+        with self.pool.connection(self._timeout if timeout is None else timeout) as connection:
             check_encodings(connection.info)
             if connection.autocommit:
                 yield connection
@@ -352,16 +357,43 @@ class EventStore:
         return meta
 
     def _pages(self, reader: PageReader) -> Iterator[Sequence[RecordedEvent]]:
+        ahead: PageAhead | None = None
+        pace = Pace()
         while (request := reader.request()) is not None:
-            try:
-                with self._connection() as connection:
-                    events = self._answer(connection, reader, request)
-            except psycopg.Error as error:
-                if not reader.renew(error.sqlstate):
-                    raise
-                continue
+            # A page that could not be had ahead is asked for once more, so that what is wrong with it shows here.
+            result = ahead.result() if ahead is not None else None
+            ahead = None
+            if result is not None:
+                events = reader.take(None, result)
+            else:
+                began = time.monotonic()
+                try:
+                    with self._connection() as connection:
+                        events = self._answer(connection, reader, request)
+                except psycopg.Error as error:
+                    if not reader.renew(error.sqlstate):
+                        raise
+                    continue
+                if events:
+                    pace.fetched(len(events), time.monotonic() - began)
             if events:
+                if pace.fetch_ahead:
+                    ahead = self._page_ahead(reader)
+                pace.give(len(events))
                 yield events
+                pace.come_back()
+
+    def _page_ahead(self, reader: PageReader) -> PageAhead | None:
+        """Ask for the next page of events now, if that is what comes next and a connection is free."""
+        request = reader.request() if reader.fixed else None
+        if request is None or request.answers != "events":
+            return None
+        with ExitStack() as stack:
+            try:
+                connection = stack.enter_context(self._connection(timeout=READ_AHEAD_PATIENCE_S))
+            except (psycopg.OperationalError, StoreClosed):
+                return None
+            return PageAhead(request, connection, stack.pop_all())
 
     def _answer(self, connection: Connection, reader: PageReader, request: Request) -> Sequence[RecordedEvent]:
         cursor = self._ask(connection, request.statement, request.parameters)
