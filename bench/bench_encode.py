@@ -17,7 +17,7 @@ from datasets import IMPORT_ID
 from expected import digest_of
 from hindsight_fast._core import COPY_HEADER, COPY_TRAILER, EVENT_COLUMNS, EventRows
 from hindsight_fast.import_lines import ImportLine, LineReader
-from hindsight_fast.importer import BLOCK_BYTES
+from hindsight_fast.import_writer import BLOCK_BYTES
 from plain_python import PlainEvent, decode_row, encode_bigint_array, encode_copy, encode_row
 
 COUNT = 20_000

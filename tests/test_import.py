@@ -454,7 +454,7 @@ def test_an_import_waits_for_a_stream_that_somebody_holds_and_goes_on(store: Eve
 def test_streams_that_stay_locked_fail_the_import_in_the_end(
     store: EventStore, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hindsight_fast.importer.LOCK_PATIENCE_S", 1.0)
+    monkeypatch.setattr("hindsight_fast.import_writer.LOCK_PATIENCE_S", 1.0)
     with psycopg.connect(database) as holder:
         holder.execute("SELECT hindsight.advance_heads_v1(ARRAY[%s::uuid], ARRAY[1::bigint])", (stream_uuid("s"),))
         with pytest.raises(ImportFailed, match="stayed locked"):

@@ -17,8 +17,9 @@ LAYERS = [
     # Values, and rooms without a neighbour.
     {"streams", "schema", "connecting", "import_source", "progress", "installations"},
     {"statements", "results", "import_lines", "demo_events", "accounts"},
-    {"reading", "read_ahead", "server_guard"},
-    {"importer", "embedded"},
+    {"reading", "read_ahead", "import_chunks", "server_guard"},
+    {"import_writer", "embedded"},
+    {"importer"},
     {"store"},
     {"status"},
     {"__init__"},
@@ -26,7 +27,7 @@ LAYERS = [
     {"cli"},
 ]
 # The only modules that may talk to a server or start one.
-SHELLS = {"store", "read_ahead", "importer", "installations", "accounts", "server_guard", "embedded"}
+SHELLS = {"store", "read_ahead", "import_writer", "importer", "installations", "accounts", "server_guard", "embedded"}
 SHELLS |= {"status", "demo", "cli"}
 IO_MODULES = {"psycopg_pool", "subprocess", "socket", "select"}
 
