@@ -10,6 +10,7 @@ Both are on disk before the chunk commits that passes the lines over: killed at 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -39,8 +40,8 @@ class _Reason(msgspec.Struct):
 class RejectFile:
     """The bad lines of one import, at most *max_errors* of them (None: any number). Use it in a ``with`` statement.
 
-    A file of the same import is gone on with, and what it holds is not written twice. Raises ValueError for the file of
-    another import, OSError if it cannot be written.
+    A file of the same import is gone on with, and what it holds is not written twice. Threads may share it. Raises
+    ValueError for the file of another import, OSError if it cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike[str], import_id: str, max_errors: int | None) -> None:
@@ -50,6 +51,7 @@ class RejectFile:
         self._max_errors = max_errors
         self._line_nos: set[int] = set()
         self._end = 0
+        self._lock = threading.Lock()
 
     @property
     def count(self) -> int:
@@ -59,9 +61,9 @@ class RejectFile:
     def __enter__(self) -> Self:
         kept = self._read_reasons()
         # Unbuffered: what write() returned from has left this process.
-        self._lines = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by __exit__
+        self._lines = open(self.path, "ab", buffering=0)
         try:
-            self._reasons = open(self.reasons_path, "ab", buffering=0)  # noqa: SIM115
+            self._reasons = open(self.reasons_path, "ab", buffering=0)
         except BaseException:
             self._lines.close()
             raise
@@ -78,6 +80,10 @@ class RejectFile:
 
     def write(self, rejected: Sequence[RejectedLine]) -> None:
         """Add lines, and return when they are on disk. Raises TooManyRejects, with nothing added; OSError."""
+        with self._lock:
+            self._write(rejected)
+
+    def _write(self, rejected: Sequence[RejectedLine]) -> None:
         fresh = [line for line in rejected if line.line_no not in self._line_nos]
         if not fresh:
             return
