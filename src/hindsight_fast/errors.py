@@ -1,6 +1,8 @@
 """Every exception of the package.
 
     HindsightError
+    ├── EventDefinitionError     an EventType has a hole, or a payload class that JSON cannot hold
+    ├── EventEncodeError         a payload would not come back as it is
     ├── EventParseError          stored bytes cannot be read as the event they claim to be
     ├── MalformedRow             bytes that are no event row (also a ValueError)
     ├── SchemaError              tables missing, newer than this code, or in a state that forbids the call
@@ -62,27 +64,61 @@ class MalformedRow(HindsightError, ValueError):
     """Bytes that should be an event row are truncated, oversized or otherwise not what they claim."""
 
 
+class EventDefinitionError(HindsightError):
+    """An event type cannot be what it was declared to be. ``name`` is the event's, ``reason`` names the hole."""
+
+    def __init__(self, reason: str, *, name: str) -> None:
+        super().__init__(f"event type {name!r}: {reason}")
+        self.reason = reason
+        self.name = name
+
+
+class EventEncodeError(HindsightError, ValueError):
+    """A payload, or metadata, that would not come back as it is; nothing was sent.
+
+    ``path`` leads to the field: ``$.lines[2].price``. The value itself is not shown: it may be a secret.
+    """
+
+    def __init__(self, reason: str, *, name: str, version: int, path: str) -> None:
+        super().__init__(f"event {name!r} version {version} cannot be stored: {path} {reason}")
+        self.reason = reason
+        self.name = name
+        self.version = version
+        self.path = path
+
+
 class EventParseError(HindsightError):
-    """A stored payload or metadata cannot be decoded; carries the attributes of its event and the ``reason``."""
+    """A stored payload or metadata cannot be decoded; carries the attributes of its event and the ``reason``.
+
+    ``path`` leads to the field in the JSON (``$.lines[2].price``), where one is to blame. The event's attributes are
+    None where bytes were decoded without their event, by ``EventType.decode``.
+    """
 
     def __init__(
         self,
         reason: str,
         *,
-        cursor: Cursor,
-        event_id: UUID,
         name: str,
         version: int,
-        stream_id: UUID,
-        stream_version: int,
-        correlation_id: UUID | None,
-        created_at: datetime,
+        path: str | None = None,
+        cursor: Cursor | None = None,
+        event_id: UUID | None = None,
+        stream_id: UUID | None = None,
+        stream_version: int | None = None,
+        correlation_id: UUID | None = None,
+        created_at: datetime | None = None,
     ) -> None:
-        super().__init__(
-            f"event {event_id} at {cursor} ({name!r} version {version}, number {stream_version} of stream {stream_id})"
-            f" cannot be decoded: {reason}"
-        )
+        what = f"{name!r} version {version}"
+        if event_id is None:
+            message = f"{what} cannot be decoded: {reason}"
+        else:
+            message = (
+                f"event {event_id} at {cursor} ({what}, number {stream_version} of stream {stream_id})"
+                f" cannot be decoded: {reason}"
+            )
+        super().__init__(message if path is None else f"{message} (at {path})")
         self.reason = reason
+        self.path = path
         self.cursor = cursor
         self.event_id = event_id
         self.name = name
@@ -93,10 +129,11 @@ class EventParseError(HindsightError):
         self.created_at = created_at
 
     @classmethod
-    def of(cls, event: RecordedEvent, reason: str) -> EventParseError:
+    def of(cls, event: RecordedEvent, reason: str, path: str | None = None) -> EventParseError:
         """Return the error for *event*."""
         return cls(
             reason,
+            path=path,
             cursor=event.cursor,
             event_id=event.event_id,
             name=event.name,

@@ -1,0 +1,312 @@
+"""Event types: names, versions and upcasts. Stored events never change; the code that reads them does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+from uuid import UUID
+
+import msgspec
+
+from .errors import EventDefinitionError, EventEncodeError, EventParseError
+from .payloads import Lossy, PayloadCodec, Unsupported, split_path
+
+if TYPE_CHECKING:
+    from ._core import RecordedEvent
+
+T = TypeVar("T")
+
+MAX_VERSION: Final = 2**31 - 1
+
+_plain: Final = PayloadCodec(dict)
+
+
+@dataclass(frozen=True, slots=True)
+class NewEvent:
+    """An event to append: its *payload* a dict, or JSON as bytes, which is stored byte for byte.
+
+    *version* is that of the payload's layout. *event_id* is drawn when the event is appended, unless given;
+    *created_at* (aware) is the server's time, unless given; *metadata* is a dict or None. ``data`` and
+    ``metadata_json`` are what is stored of payload and metadata. Raises TypeError or ValueError for what no event can have, EventEncodeError for a
+    payload or metadata that would not come back as they are.
+    """
+
+    name: str
+    payload: Any
+    version: int = 0
+    event_id: UUID | None = None
+    metadata: Mapping[str, Any] | None = None
+    created_at: datetime | None = None
+    data: bytes = field(init=False, repr=False)
+    metadata_json: bytes | None = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+        check_version(self.version)
+        if isinstance(self.payload, bytes):
+            self._set("data", _checked_json(self.payload, self.name, self.version))
+        elif type(self.payload) is dict:
+            self._set("data", _encoded(_plain, self.payload, self.name, self.version))
+        else:
+            raise TypeError(
+                f"the payload of a NewEvent is a dict or JSON as bytes, not {type(self.payload).__name__}; objects of"
+                " a class are appended through their EventType"
+            )
+        self._finish()
+
+    def _finish(self) -> None:
+        if self.event_id is not None and not isinstance(self.event_id, UUID):
+            raise TypeError(f"event_id must be a UUID or None, not {type(self.event_id).__name__}")
+        if self.created_at is not None:
+            if not isinstance(self.created_at, datetime):
+                raise TypeError(f"created_at must be a datetime or None, not {type(self.created_at).__name__}")
+            if self.created_at.utcoffset() is None:
+                raise ValueError("created_at must carry a time zone")
+        if self.metadata is None:
+            self._set("metadata_json", None)
+            return
+        if not isinstance(self.metadata, Mapping):
+            raise TypeError(f"metadata must be a dict or None, not {type(self.metadata).__name__}")
+        try:
+            self._set("metadata_json", _plain.encode(dict(self.metadata)))
+        except Lossy as lossy:
+            path = "metadata" + lossy.path[1:]
+            raise EventEncodeError(lossy.reason, name=self.name, version=self.version, path=path) from lossy.__cause__
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    @classmethod
+    def _of_type(
+        cls, name: str, version: int, payload: Any, data: bytes, event_id: UUID | None, metadata: Any
+    ) -> NewEvent:
+        """Make one of what an EventType has checked and encoded."""
+        made = object.__new__(cls)
+        for attribute, value in (
+            ("name", name), ("payload", payload), ("version", version), ("event_id", event_id), ("metadata", metadata),
+            ("created_at", None), ("data", data),
+        ):  # fmt: skip
+            made._set(attribute, value)
+        made._finish()
+        return made
+
+
+class EventType(Generic[T]):
+    """An event's name, and the payload classes of all versions that were ever stored under it.
+
+    *versions* are the classes of version 0, 1, …; the last one is what code sees. ``upcasts[i]`` makes an object of
+    version i + 1 of one of version i; they are composed when the type is made. *migrations* jump from a version to the
+    last one directly; where all versions up to i have one, ``upcasts[i]`` may be None. Raises EventDefinitionError,
+    which names the hole, for an upcast too few or too many, a class listed twice (but ``dict``), a class that JSON
+    cannot hold: never when an event is read.
+    """
+
+    __slots__ = ("_codecs", "_decoders", "latest_version", "name", "payload_type", "versions")
+
+    name: str
+    latest_version: int
+    payload_type: type[T]
+    versions: tuple[type[Any], ...]
+
+    def __init__(
+        self,
+        name: str,
+        versions: tuple[*tuple[type[Any], ...], type[T]],
+        upcasts: Sequence[Callable[[Any], Any] | None] = (),
+        migrations: Mapping[int, Callable[[Any], T]] | None = None,
+    ) -> None:
+        try:
+            check_name(name)
+        except (TypeError, ValueError) as error:
+            raise EventDefinitionError(str(error), name=str(name)) from None
+        self.name = name
+        if isinstance(versions, (str, bytes)) or not isinstance(versions, Iterable):
+            raise EventDefinitionError("versions is a tuple of payload classes, the oldest first", name=name)
+        self.versions = tuple(versions)
+        if not self.versions:
+            raise EventDefinitionError("it has no version: give at least one payload class", name=name)
+        self.latest_version = len(self.versions) - 1
+        self.payload_type = self.versions[-1]
+        self._codecs = tuple(self._codec(version) for version in range(len(self.versions)))
+        paths = self._paths(list(upcasts), dict(migrations or {}))
+        self._decoders: tuple[Callable[[bytes], T], ...] = tuple(
+            self._decoder(codec.decode, path) for codec, path in zip(self._codecs, paths, strict=True)
+        )
+
+    def __repr__(self) -> str:
+        return f"<EventType {self.name!r}, version {self.latest_version}: {self.payload_type.__name__}>"
+
+    def __call__(
+        self, payload: T, *, event_id: UUID | None = None, metadata: Mapping[str, Any] | None = None
+    ) -> NewEvent:
+        """Return the event that carries *payload*, encoded.
+
+        Raises TypeError for another class than the latest version's, EventEncodeError for a value that would not come
+        back as it is.
+        """
+        return NewEvent._of_type(self.name, self.latest_version, payload, self.encode(payload), event_id, metadata)
+
+    def encode(self, payload: T) -> bytes:
+        """Return *payload* as it is stored. Raises as calling the type does."""
+        codec = self._codecs[-1]
+        wanted = dict if isinstance(payload, dict) and _is_dict_like(codec.payload_class) else codec.payload_class
+        if not isinstance(payload, wanted):
+            raise TypeError(f"{self.name!r} takes {codec.payload_class.__name__}, not {type(payload).__name__}")
+        return _encoded(codec, payload, self.name, self.latest_version)
+
+    def decode(self, version: int, data: bytes) -> T:
+        """Return the payload that *data*, stored under *version*, means today: an object of the latest class.
+
+        Raises EventParseError for bytes that are no such payload, an upcast that fails, and a version that this type
+        does not know.
+        """
+        if not 0 <= version <= self.latest_version:
+            raise EventParseError(self._unknown_version(), name=self.name, version=version)
+        try:
+            return self._decoders[version](data)
+        except Undecodable as error:
+            raise EventParseError(error.reason, path=error.path, name=self.name, version=version) from error.__cause__
+
+    def decode_event(self, event: RecordedEvent) -> T:
+        """Return the payload of a stored event of this name. Raises EventParseError, which carries its attributes."""
+        version = event.version
+        if version > self.latest_version:
+            raise EventParseError.of(event, self._unknown_version())
+        try:
+            return self._decoders[version](event.data)
+        except Undecodable as error:
+            raise EventParseError.of(event, error.reason, error.path) from error.__cause__
+
+    def _unknown_version(self) -> str:
+        return f"this program knows versions up to {self.latest_version} only: a newer one has written it"
+
+    def _codec(self, version: int) -> PayloadCodec:
+        payload_class = self.versions[version]
+        if payload_class is not dict and payload_class in self.versions[:version]:
+            first = self.versions.index(payload_class)
+            raise EventDefinitionError(
+                f"{payload_class.__name__} stands for version {first} and for version {version}: each version has a"
+                " class of its own",
+                name=self.name,
+            )
+        try:
+            return PayloadCodec(payload_class)
+        except Unsupported as error:
+            raise EventDefinitionError(f"version {version}: {error}", name=self.name) from error
+
+    def _paths(
+        self, upcasts: list[Callable[[Any], Any] | None], migrations: dict[int, Callable[[Any], Any]]
+    ) -> list[tuple[Callable[[Any], Any], ...]]:
+        """What to call, one after the other, to bring each version to the latest."""
+        latest = self.latest_version
+        if len(upcasts) > latest:
+            surplus = f"{len(upcasts)} upcasts for {latest + 1} versions: upcasts[{latest}] would lead beyond the last"
+            raise EventDefinitionError(surplus, name=self.name)
+        for version, migrate in migrations.items():
+            if isinstance(version, bool) or not isinstance(version, int) or not 0 <= version < latest:
+                raise EventDefinitionError(f"migrations[{version!r}] is for no version before the last", name=self.name)
+            if not callable(migrate):
+                raise EventDefinitionError(f"migrations[{version}] cannot be called", name=self.name)
+        paths: list[tuple[Callable[[Any], Any], ...]] = [()]
+        for version in reversed(range(latest)):
+            upcast = upcasts[version] if version < len(upcasts) else None
+            if upcast is not None and not callable(upcast):
+                raise EventDefinitionError(f"upcasts[{version}] cannot be called", name=self.name)
+            if version in migrations:
+                paths.insert(0, (migrations[version],))
+            elif upcast is not None:
+                paths.insert(0, (upcast, *paths[0]))
+            else:
+                raise EventDefinitionError(
+                    f"upcasts[{version}] is missing: nothing leads from version {version} to {version + 1}",
+                    name=self.name,
+                )
+        return paths
+
+    def _decoder(self, decode: Callable[[bytes], Any], path: tuple[Callable[[Any], Any], ...]) -> Callable[[bytes], T]:
+        """Compose decoding and upcasting, once for all events."""
+        latest = dict if _is_dict_like(self.payload_type) else self.payload_type
+
+        def decode_only(data: bytes) -> T:
+            try:
+                return decode(data)  # type: ignore[no-any-return]
+            except Exception as error:
+                raise Undecodable.of(error) from error
+
+        def decode_and_upcast(data: bytes) -> T:
+            try:
+                payload = decode(data)
+            except Exception as error:
+                raise Undecodable.of(error) from error
+            try:
+                for upcast in path:
+                    payload = upcast(payload)
+            except Exception as error:
+                raise Undecodable(f"an upcast failed: {type(error).__name__}: {error}", None) from error
+            if not isinstance(payload, latest):
+                raise Undecodable(
+                    f"the upcasts end with {type(payload).__name__}, not {self.payload_type.__name__}", None
+                )
+            return payload  # type: ignore[return-value]
+
+        return decode_and_upcast if path else decode_only
+
+
+class Undecodable(Exception):
+    """Bytes that are no payload of their version: why, and where in the JSON."""
+
+    def __init__(self, reason: str, path: str | None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.path = path
+
+    @classmethod
+    def of(cls, error: Exception) -> Undecodable:
+        if isinstance(error, (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)):
+            return cls(*split_path(str(error)))
+        return cls(f"{type(error).__name__}: {error}", None)
+
+
+def check_name(name: str) -> str:
+    """Return an event's *name*. Raises TypeError or ValueError for what PostgreSQL cannot hold."""
+    if not isinstance(name, str):
+        raise TypeError(f"an event's name must be a str, not {type(name).__name__}")
+    if not name or "\0" in name:
+        raise ValueError("an event's name must have at least one character, none of them NUL")
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"the event name {name!r} holds half of a surrogate pair") from None
+    return name
+
+
+def check_version(version: int) -> int:
+    """Return a payload's *version*. Raises TypeError or ValueError."""
+    if not isinstance(version, int) or isinstance(version, bool):
+        raise TypeError(f"version must be an int, not {type(version).__name__}")
+    if not 0 <= version <= MAX_VERSION:
+        raise ValueError(f"version must be between 0 and {MAX_VERSION}, not {version}")
+    return version
+
+
+def _is_dict_like(payload_class: type[Any]) -> bool:
+    return payload_class is dict or hasattr(payload_class, "__total__")  # a TypedDict's objects are plain dicts
+
+
+def _encoded(codec: PayloadCodec, payload: Any, name: str, version: int) -> bytes:
+    try:
+        return codec.encode(payload)
+    except Lossy as lossy:
+        raise EventEncodeError(lossy.reason, name=name, version=version, path=lossy.path) from lossy.__cause__
+
+
+def _checked_json(data: bytes, name: str, version: int) -> bytes:
+    try:
+        _plain.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        reason, path = split_path(str(error))
+        message = f"is not the JSON of an object: {reason}"
+        raise EventEncodeError(message, name=name, version=version, path=path or "$") from error
+    return data
