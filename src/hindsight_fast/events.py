@@ -29,8 +29,8 @@ class NewEvent:
 
     *version* is that of the payload's layout. *event_id* is drawn when the event is appended, unless given;
     *created_at* (aware) is the server's time, unless given; *metadata* is a dict or None. ``data`` and
-    ``metadata_json`` are what is stored of payload and metadata. Raises TypeError or ValueError for what no event can have, EventEncodeError for a
-    payload or metadata that would not come back as they are.
+    ``metadata_json`` are what is stored of payload and metadata. Raises TypeError or ValueError for what no event can
+    have, EventEncodeError for a payload or metadata that would not come back as they are.
     """
 
     name: str

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
-from datetime import datetime, time
+from datetime import UTC, datetime
 from typing import Any, Final
 
 import msgspec
@@ -54,8 +54,10 @@ class PayloadCodec:
             raise Lossy(path or "$", f"does not have its declared type: {reason}") from error
         except Exception as error:  # a class's own __post_init__ may raise whatever it likes
             raise Lossy("$", f"cannot be made again from what was encoded: {error}") from error
-        # Equal is nearly always enough, and fast; naive times are equal to themselves, though.
-        if (self._holds_times or back != payload) and (found := _first_difference(payload, back, "$")):
+        # Equal is nearly always enough, and fast. But naive times come back equal to themselves, and a time in a
+        # repeated hour unequal to itself.
+        naive = self._holds_times and _holds_naive(msgspec.to_builtins(payload, builtin_types=(datetime,)))
+        if (naive or back != payload) and (found := _first_difference(payload, back, "$")):
             raise Lossy(*found)
         return data
 
@@ -113,18 +115,27 @@ def _holds_times(payload_class: type[Any]) -> bool:
     if payload_class is dict:
         return False  # a time in it comes back as text, which is not its equal
     nodes = _nodes(shapes.type_info(payload_class), "", set())
-    return any(isinstance(node, (shapes.DateTimeType, shapes.TimeType)) for _, node in nodes)
+    return any(isinstance(node, shapes.DateTimeType) for _, node in nodes)
+
+
+def _holds_naive(value: Any) -> bool:
+    """Whether a datetime without a time zone stands anywhere in *value*, made of dicts and lists."""
+    kind = type(value)
+    if kind is dict:
+        return any(map(_holds_naive, value.values()))
+    if kind is list:
+        return any(map(_holds_naive, value))
+    return isinstance(value, datetime) and value.utcoffset() is None
 
 
 def _first_difference(mine: Any, back: Any, path: str) -> tuple[str, str] | None:
     """Where *back*, decoded from what *mine* was encoded to, says something else, and what; None where it does not."""
-    if isinstance(mine, (datetime, time)):
-        if mine.utcoffset() is None and (isinstance(mine, datetime) or mine.tzinfo is None):
-            if isinstance(mine, datetime):
-                return path, "is a datetime without a time zone"
-        elif isinstance(back, datetime) and isinstance(mine, datetime):
-            # By instant: across zones, Python calls times in a repeated hour unequal whatever they are.
-            return None if mine.timestamp() == back.timestamp() else (path, _other(mine, back))
+    if isinstance(mine, datetime):
+        if mine.utcoffset() is None:
+            return path, "is a datetime without a time zone"
+        # By instant: across zones, Python calls times in a repeated hour unequal whatever they are.
+        if isinstance(back, datetime) and mine.astimezone(UTC) == back.astimezone(UTC):
+            return None
     if isinstance(mine, float) and not math.isfinite(mine):
         return path, "is not a finite number"
     if type(mine) is not type(back) and not (isinstance(mine, (int, float)) and isinstance(back, (int, float))):
