@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, is_typeddict
 from uuid import UUID
 
 import msgspec
@@ -151,8 +151,7 @@ class EventType(Generic[T]):
     def encode(self, payload: T) -> bytes:
         """Return *payload* as it is stored. Raises as calling the type does."""
         codec = self._codecs[-1]
-        wanted = dict if isinstance(payload, dict) and _is_dict_like(codec.payload_class) else codec.payload_class
-        if not isinstance(payload, wanted):
+        if not isinstance(payload, _class_of_objects(codec.payload_class)):
             raise TypeError(f"{self.name!r} takes {codec.payload_class.__name__}, not {type(payload).__name__}")
         return _encoded(codec, payload, self.name, self.latest_version)
 
@@ -227,7 +226,7 @@ class EventType(Generic[T]):
 
     def _decoder(self, decode: Callable[[bytes], Any], path: tuple[Callable[[Any], Any], ...]) -> Callable[[bytes], T]:
         """Compose decoding and upcasting, once for all events."""
-        latest = dict if _is_dict_like(self.payload_type) else self.payload_type
+        latest = _class_of_objects(self.payload_type)
 
         def decode_only(data: bytes) -> T:
             try:
@@ -291,8 +290,8 @@ def check_version(version: int) -> int:
     return version
 
 
-def _is_dict_like(payload_class: type[Any]) -> bool:
-    return payload_class is dict or hasattr(payload_class, "__total__")  # a TypedDict's objects are plain dicts
+def _class_of_objects(payload_class: type[Any]) -> type[Any]:
+    return dict if is_typeddict(payload_class) else payload_class  # whose objects are plain dicts
 
 
 def _encoded(codec: PayloadCodec, payload: Any, name: str, version: int) -> bytes:
