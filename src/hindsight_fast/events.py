@@ -248,7 +248,7 @@ class EventType(Generic[T]):
                 raise Undecodable(
                     f"the upcasts end with {type(payload).__name__}, not {self.payload_type.__name__}", None
                 )
-            return payload  # type: ignore[return-value]
+            return payload  # type: ignore[no-any-return]
 
         return decode_and_upcast if path else decode_only
 
