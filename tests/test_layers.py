@@ -15,9 +15,10 @@ LAYERS = [
     {"errors"},
     {"_core"},
     # Values, and rooms without a neighbour.
-    {"streams", "schema", "connecting", "import_source", "progress", "installations"},
+    {"writes", "payloads", "streams", "schema", "connecting", "import_source", "progress", "installations"},
     {"statements", "results", "import_lines", "demo_events", "accounts"},
-    {"reading", "read_ahead", "import_chunks", "server_guard"},
+    {"events", "reading", "read_ahead", "import_chunks", "server_guard"},
+    {"event_registry"},
     {"import_rejects"},
     {"import_writer", "embedded"},
     {"import_jobs", "import_dry_run"},

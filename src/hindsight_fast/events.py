@@ -135,6 +135,11 @@ class EventType(Generic[T]):
             self._decoder(codec.decode, path) for codec, path in zip(self._codecs, paths, strict=True)
         )
 
+    @property
+    def payload_type_is_its_own(self) -> bool:
+        """Whether an object tells by its class which event it is; a dict, or a TypedDict's, does not."""
+        return _class_of_objects(self.payload_type) is not dict
+
     def __repr__(self) -> str:
         return f"<EventType {self.name!r}, version {self.latest_version}: {self.payload_type.__name__}>"
 
