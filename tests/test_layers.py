@@ -18,7 +18,7 @@ LAYERS = [
     {"writes", "payloads", "streams", "schema", "connecting", "import_source", "progress", "installations"},
     {"statements", "results", "import_lines", "demo_events", "accounts"},
     {"events", "reading", "read_ahead", "import_chunks", "server_guard"},
-    {"event_registry"},
+    {"event_registry", "appending"},
     {"import_rejects"},
     {"import_writer", "embedded"},
     {"import_jobs", "import_dry_run"},
@@ -30,8 +30,8 @@ LAYERS = [
     {"cli"},
 ]
 # The only modules that may talk to a server or start one.
-SHELLS = {"store", "read_ahead", "import_writer", "import_dry_run", "import_jobs", "importer", "installations"}
-SHELLS |= {"accounts", "server_guard", "embedded", "status", "demo", "cli"}
+SHELLS = {"store", "appending", "read_ahead", "import_writer", "import_dry_run", "import_jobs", "importer"}
+SHELLS |= {"installations", "accounts", "server_guard", "embedded", "status", "demo", "cli"}
 IO_MODULES = {"psycopg_pool", "subprocess", "socket", "select"}
 
 

@@ -2,7 +2,10 @@
 
 from ._core import Cursor, RecordedEvent
 from .errors import (
+    ConcurrencyConflict,
     EmbeddedServerError,
+    EventDefinitionError,
+    EventEncodeError,
     EventParseError,
     HindsightError,
     ImportFailed,
@@ -10,23 +13,35 @@ from .errors import (
     SchemaError,
     StoreClosed,
 )
+from .events import EventType, NewEvent
 from .importer import ImportProgress, ImportReport
 from .store import EventStore
 from .streams import STREAM_NAMESPACE, stream_uuid
+from .writes import ANY, NO_STREAM, STREAM_EXISTS, AppendResult, VersionMismatch
 
 __all__ = [
+    "ANY",
+    "NO_STREAM",
+    "STREAM_EXISTS",
     "STREAM_NAMESPACE",
+    "AppendResult",
+    "ConcurrencyConflict",
     "Cursor",
     "EmbeddedServerError",
+    "EventDefinitionError",
+    "EventEncodeError",
     "EventParseError",
     "EventStore",
+    "EventType",
     "HindsightError",
     "ImportFailed",
     "ImportProgress",
     "ImportReport",
     "MalformedRow",
+    "NewEvent",
     "RecordedEvent",
     "SchemaError",
     "StoreClosed",
+    "VersionMismatch",
     "stream_uuid",
 ]

@@ -4,6 +4,7 @@
     ├── EventDefinitionError     an EventType has a hole, or a payload class that JSON cannot hold
     ├── EventEncodeError         a payload would not come back as it is
     ├── EventParseError          stored bytes cannot be read as the event they claim to be
+    ├── ConcurrencyConflict      streams are not as an append expected them to be
     ├── MalformedRow             bytes that are no event row (also a ValueError)
     ├── SchemaError              tables missing, newer than this code, or in a state that forbids the call
     ├── ImportFailed             an import stopped; all before the reported line's chunk is stored, nothing after it
@@ -19,11 +20,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from datetime import datetime
     from uuid import UUID
 
     from ._core import Cursor, RecordedEvent
+    from .writes import VersionMismatch
 
 
 class HindsightError(Exception):
@@ -143,6 +145,19 @@ class EventParseError(HindsightError):
             correlation_id=event.correlation_id,
             created_at=event.created_at,
         )
+
+
+class ConcurrencyConflict(HindsightError):
+    """Streams were not as an append expected them to be; nothing was written. ``mismatches`` tells of all of them."""
+
+    def __init__(self, mismatches: Sequence[VersionMismatch]) -> None:
+        found = "; ".join(
+            f"stream {each.stream_id}: expected {each.expected!r}, found "
+            + ("no events" if each.actual_version is None else f"version {each.actual_version} at {each.actual_cursor}")
+            for each in mismatches
+        )
+        super().__init__(found)
+        self.mismatches = tuple(mismatches)
 
 
 class ImportFailed(HindsightError):

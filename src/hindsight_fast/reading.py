@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, LiteralString, NamedTuple
 from uuid import UUID
 
@@ -101,13 +101,18 @@ class PageReader(ABC):
         """Return what to ask next, None when the read has ended."""
         return None if self._done else self._next_request()
 
-    def take(self, rows: list[tuple[Any, ...]] | None, result: PGresult) -> Sequence[RecordedEvent]:
+    def take(
+        self,
+        rows: list[tuple[Any, ...]] | None,
+        result: PGresult,
+        decode_payload: Callable[[RecordedEvent], Any] | None = None,
+    ) -> Sequence[RecordedEvent]:
         """Take the answer to the last request: plain *rows*, or a *result* with events. Returns the events."""
         if rows is not None:
             self._take_values(rows)
             return []
         wanted = self._wanted()
-        events = events_of(result)
+        events = events_of(result, decode_payload)
         if events:
             self._page.learn(events)
         if self._remaining is not None:
@@ -367,22 +372,6 @@ def tell_of_stalled(rows: list[tuple[Any, ...]]) -> bool:
             pid, application_name, held_s, done,
         )  # fmt: skip
     return any(ended for *_, ended in rows)
-
-
-def check_event_names(event_types: Iterable[str] | None) -> list[str] | None:
-    """Return the names to filter by. Raises TypeError for a lone str, which would be taken for its letters."""
-    if event_types is None:
-        return None
-    if isinstance(event_types, str):
-        raise TypeError(f"event_types is a list of names: [{event_types!r}], not {event_types!r}")
-    names = list(event_types)
-    for name in names:
-        if not isinstance(name, str):
-            raise TypeError(f"event_types holds names, not {type(name).__name__}")
-        name.encode()  # a lone surrogate is a UnicodeEncodeError, which is a ValueError
-        if "\0" in name:
-            raise ValueError(f"no event's name holds a NUL character: {name!r}")
-    return names
 
 
 def check_after(after: Cursor) -> Cursor:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 
@@ -13,6 +13,8 @@ from ._core import EventBatch, ResultReader
 
 if TYPE_CHECKING:
     from psycopg.pq.abc import PGresult
+
+    from ._core import RecordedEvent
 
 
 @cache
@@ -35,6 +37,9 @@ def result_reader() -> ResultReader | None:
 Sequence.register(EventBatch)
 
 
-def events_of(result: PGresult) -> EventBatch:
-    """Return the events that a query for EVENT_COLUMNS in binary format answered. Raises MalformedRow."""
-    return EventBatch(result, None, result_reader())
+def events_of(result: PGresult, decode_payload: Callable[[RecordedEvent], Any] | None = None) -> EventBatch:
+    """Return the events that a query for EVENT_COLUMNS in binary format answered. Raises MalformedRow.
+
+    ``decode_payload(event)`` is called when a payload is first asked for; without it that is the JSON in plain values.
+    """
+    return EventBatch(result, decode_payload, result_reader())

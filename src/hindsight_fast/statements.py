@@ -75,6 +75,12 @@ STREAM_PAGE: Final = """
     SELECT {columns} FROM {schema}.events AS e WHERE {conditions} ORDER BY e.stream_version {direction} LIMIT {limit}
 """
 
+# Where a stream's event of this version stands.
+EVENT_CURSOR: Final = """
+    SELECT e.transaction_no, e.sequence_no FROM {schema}.events AS e
+    WHERE e.stream_id = %s::uuid AND e.stream_version = %s::bigint
+"""
+
 STREAM_VERSION: Final = "SELECT h.stream_version FROM {schema}.stream_heads AS h WHERE h.stream_id = %s::uuid"
 
 READ_BARRIER: Final = "SELECT b.bound, b.server_run, b.large_events, b.blocked FROM {schema}.read_barrier_v1() AS b"
@@ -212,6 +218,7 @@ class Statements:
         self._schema = _Escaped(self.quoted_schema)
         self._columns = sql.SQL(", ").join(sql.Identifier("e", column) for column in EVENT_COLUMNS)
         self.stream_version = self._compose(STREAM_VERSION)
+        self.event_cursor = self._compose(EVENT_CURSOR)
         self.stream_start = self._compose(STREAM_START)
         self.read_barrier = self._compose(READ_BARRIER)
         self.end_stalled = self._compose(END_STALLED)

@@ -17,8 +17,11 @@ from psycopg.rows import tuple_row
 from psycopg_pool import ConnectionPool
 
 from ._core import Cursor, RecordedEvent
+from .appending import append_to_stream
 from .connecting import check_encodings, connection_conninfo, find_conninfo, shown_conninfo
 from .errors import SchemaError, StoreClosed
+from .event_registry import EventRegistry
+from .events import EventType
 from .import_source import ImportSource
 from .importer import MOST_JOBS, ImportOptions, ImportProgress, ImportReport, check_import_id, run_import
 from .read_ahead import Pace, PageAhead
@@ -32,12 +35,12 @@ from .reading import (
     check_after,
     check_correlation_id,
     check_count,
-    check_event_names,
     check_stream_id,
     tell_of_stalled,
 )
 from .schema import LAYOUT, StoreMeta, check_layout, check_schema_name, refusal_of, schema_sql
 from .statements import FOUND_TABLE, SESSION_SETTINGS, Statements
+from .writes import AppendResult, Expected, check_expected
 
 if TYPE_CHECKING:
     from .reading import Request
@@ -52,7 +55,8 @@ class EventStore:
     """An event store in one schema of a PostgreSQL database.
 
     *conninfo* is a libpq connection string or URL; empty, the environment names the server (``HINDSIGHT_DATABASE_URL``,
-    ``DATABASE_URL``, libpq's ``PG*``). *pool* is used instead of one of the store's own and never closed. *timeout* is
+    ``DATABASE_URL``, libpq's ``PG*``). *event_types* say what the payloads of events are, by their names; an event of
+    another name reads as plain JSON. *pool* is used instead of one of the store's own and never closed. *timeout* is
     how many seconds to wait for a free connection. Open it with ``with``, or by ``open()`` and ``close()``; threads
     may share it.
     """
@@ -61,6 +65,7 @@ class EventStore:
         self,
         conninfo: str = "",
         *,
+        event_types: Iterable[EventType[Any]] = (),
         schema: str = "hindsight",
         pool: ConnectionPool[Any] | None = None,
         pool_size: int = 10,
@@ -68,6 +73,8 @@ class EventStore:
     ) -> None:
         check_count(pool_size, "pool_size", least=1)
         self.schema = check_schema_name(schema)
+        self._registry = EventRegistry(event_types)
+        self._generation: int | None = None  # under which this store appends; found out when it first does
         self._statements = Statements(schema)
         self._pool_size = pool_size
         self._timeout = timeout
@@ -154,13 +161,40 @@ class EventStore:
                 connection.rollback()
                 raise
 
+    # Appending
+
+    def append(
+        self,
+        stream_id: UUID,
+        events: Iterable[Any],
+        *,
+        expected: Expected,
+        correlation_id: UUID | None = None,
+    ) -> AppendResult:
+        """Append *events*, objects of registered event types or NewEvents, to a stream: all of them or none.
+
+        *expected* is ANY, NO_STREAM, STREAM_EXISTS, the stream's exact version, or the cursor of its last event. Raises
+        ConcurrencyConflict where it is otherwise; TypeError, ValueError or EventEncodeError, before anything is sent,
+        for what cannot be appended.
+        """
+        check_stream_id(stream_id)
+        check_expected(expected)
+        check_correlation_id(correlation_id)
+        given = [self._registry.new_event(event) for event in events]
+        with self._connection() as connection:
+            if self._generation is None:
+                self._generation = self._prepare_to_write(connection).generation
+            return append_to_stream(
+                connection, self._statements, self._generation, stream_id, given, expected, correlation_id
+            )
+
     # Reading
 
     def read(
         self,
         *,
         after: Cursor = Cursor.BEGINNING,
-        event_types: Iterable[str] | None = None,
+        event_types: Iterable[EventType[Any] | str] | None = None,
         stream_id: UUID | None = None,
         correlation_id: UUID | None = None,
         limit: int | None = None,
@@ -168,10 +202,10 @@ class EventStore:
         """Iterate over the events behind *after* in the total order of the log, up to its head as of the first step.
 
         Constant memory, whatever the length: events are fetched page by page, and no connection is held between
-        pages. *event_types* are names. Raises SchemaError without a schema.
+        pages. *event_types* are EventTypes or names. Raises SchemaError without a schema.
         """
         check_after(after)
-        names = check_event_names(event_types)
+        names = self._registry.names(event_types)
         check_correlation_id(correlation_id)
         limit = None if limit is None else check_count(limit, "limit")
         reader: PageReader
@@ -194,7 +228,7 @@ class EventStore:
         self,
         *,
         after: Cursor = Cursor.BEGINNING,
-        event_types: Iterable[str] | None = None,
+        event_types: Iterable[EventType[Any] | str] | None = None,
         batch_size: int = PAGE_ROWS,
     ) -> Iterator[Sequence[RecordedEvent]]:
         """Iterate as ``read`` does, by batches of 1 to *batch_size* events: the fast lane.
@@ -205,7 +239,7 @@ class EventStore:
         reader = LogReader(
             self._statements,
             after=check_after(after),
-            event_names=check_event_names(event_types),
+            event_names=self._registry.names(event_types),
             page_rows=check_count(batch_size, "batch_size", least=1),
         )
         return self._pages(reader)
@@ -381,7 +415,7 @@ class EventStore:
             result = ahead.result() if ahead is not None else None
             ahead = None
             if result is not None:
-                events = reader.take(None, result)
+                events = reader.take(None, result, self._registry.decode_payload)
             else:
                 began = time.monotonic()
                 try:
@@ -424,7 +458,8 @@ class EventStore:
         cursor = self._ask(connection, request.statement, request.parameters)
         result = cursor.pgresult
         assert result is not None
-        return reader.take(None if request.answers == "events" else cursor.fetchall(), result)
+        rows = None if request.answers == "events" else cursor.fetchall()
+        return reader.take(rows, result, self._registry.decode_payload)
 
 
 def _configure(connection: Connection) -> None:
