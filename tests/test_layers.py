@@ -24,7 +24,7 @@ LAYERS = [
     {"import_jobs", "import_dry_run"},
     {"importer"},
     {"store"},
-    {"status"},
+    {"status", "schema_check"},
     {"__init__"},
     {"demo"},
     {"cli"},

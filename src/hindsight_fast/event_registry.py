@@ -44,6 +44,11 @@ class EventRegistry:
                 self._by_class[payload_type] = event_type
 
     @property
+    def known_names(self) -> frozenset[str]:
+        """The names of all types."""
+        return frozenset(self._by_name)
+
+    @property
     def decode_payload(self) -> Callable[[RecordedEvent], Any] | None:
         """What an event's payload is decoded by; None where all are plain JSON."""
         return self._decode if self._by_name else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, LiteralString, NamedTuple
 from uuid import UUID
 
@@ -19,6 +19,7 @@ from .statements import (
     BELOW_BOUND,
     CORRELATION_FILTER,
     NAMES_FILTER,
+    SAMPLE_FILTER,
     STREAM_BELOW_BOUND,
     STREAM_SPAN,
     UP_TO_CURSOR,
@@ -214,7 +215,7 @@ class BoundedReader(PageReader):
 
 
 class LogReader(BoundedReader):
-    """Reads the whole log, or what passes its filters."""
+    """Reads the whole log, or what passes its filters; of a *sample*, every so manieth event of each name and version."""
 
     def __init__(
         self,
@@ -225,6 +226,7 @@ class LogReader(BoundedReader):
         correlation_id: UUID | None = None,
         limit: int | None = None,
         page_rows: int = PAGE_ROWS,
+        sample: Mapping[tuple[str, int], int] | None = None,
     ) -> None:
         super().__init__(
             statements,
@@ -234,9 +236,16 @@ class LogReader(BoundedReader):
             limit=limit,
             page_rows=page_rows,
         )
+        if sample is not None:
+            self._filters.append(SAMPLE_FILTER)
+            self._filter_values += [
+                [name for name, _ in sample],
+                [version for _, version in sample],
+                list(sample.values()),
+            ]
         self._page_end: Cursor | Literal["the end"] | None = None
         # One cause's events are found by an index of their own; names alone make a read scan.
-        self._scans = event_names is not None and correlation_id is None
+        self._scans = (event_names is not None or sample is not None) and correlation_id is None
 
     def _next_below(self, bound: Bound) -> Request:
         where: list[LiteralString] = [BEHIND_CURSOR, BELOW_BOUND]

@@ -40,6 +40,27 @@ UP_TO_CURSOR: Final = "(e.transaction_no, e.sequence_no) <= (%s::bigint, %s::int
 NAMES_FILTER: Final = "e.event_name = ANY(%s::text[])"
 CORRELATION_FILTER: Final = "e.correlation_id = %s::uuid"
 
+# Every so manieth event of each name and version, the same ones each time: chosen by their ids.
+SAMPLE_FILTER: Final = """
+    EXISTS (
+        SELECT FROM unnest(%s::text[], %s::integer[], %s::bigint[]) AS kind (name, version, every)
+        WHERE kind.name COLLATE "C" = e.event_name AND kind.version = e.event_version
+            AND mod(uuid_hash(e.event_id)::bigint + 2147483648, kind.every) = 0
+    )
+"""
+
+# How many events of each name and version there are among the next so many, and where those end.
+COUNT_KINDS: Final = """
+    WITH span AS MATERIALIZED (
+        SELECT e.transaction_no, e.sequence_no, e.event_name, e.event_version FROM {schema}.events AS e
+        WHERE {conditions} ORDER BY e.transaction_no, e.sequence_no LIMIT {limit}
+    )
+    SELECT span.event_name, span.event_version, count(*), last.transaction_no, last.sequence_no
+    FROM span, (SELECT s.* FROM span AS s ORDER BY s.transaction_no DESC, s.sequence_no DESC LIMIT 1) AS last
+    GROUP BY span.event_name, span.event_version, last.transaction_no, last.sequence_no
+"""
+COUNTED_AT_ONCE: Final = 100_000
+
 # A page of a filtered read ends where this many rows were scanned, not where as many were found: otherwise a rare event
 # makes one statement run for minutes. Index-only; no row means that the rest fits into one page.
 PAGE_END: Final = """
@@ -219,6 +240,9 @@ class Statements:
         self._columns = sql.SQL(", ").join(sql.Identifier("e", column) for column in EVENT_COLUMNS)
         self.stream_version = self._compose(STREAM_VERSION)
         self.event_cursor = self._compose(EVENT_CURSOR)
+        self.count_kinds = self._compose(
+            COUNT_KINDS, conditions=self._all([BEHIND_CURSOR, BELOW_BOUND]), limit=sql.Literal(COUNTED_AT_ONCE)
+        )
         self.stream_start = self._compose(STREAM_START)
         self.read_barrier = self._compose(READ_BARRIER)
         self.end_stalled = self._compose(END_STALLED)

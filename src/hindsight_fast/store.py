@@ -91,6 +91,11 @@ class EventStore:
         return f"<EventStore {self.schema!r} at {shown_conninfo(self.conninfo) or 'the environment'}>"
 
     @property
+    def event_names(self) -> frozenset[str]:
+        """The names of the event types that the store was opened with."""
+        return self._registry.known_names
+
+    @property
     def pool(self) -> ConnectionPool[Any]:
         """The connection pool, for statements of your own. Raises StoreClosed before ``open()``."""
         if self._pool is None:
