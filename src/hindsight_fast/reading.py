@@ -215,7 +215,10 @@ class BoundedReader(PageReader):
 
 
 class LogReader(BoundedReader):
-    """Reads the whole log, or what passes its filters; of a *sample*, every so manieth event of each name and version."""
+    """Reads the whole log, or what passes its filters.
+
+    Of a *sample* every so manieth event: how manieth, by name and version.
+    """
 
     def __init__(
         self,
