@@ -15,11 +15,11 @@ LAYERS = [
     {"errors"},
     {"_core"},
     # Values, and rooms without a neighbour.
-    {"streams", "schema", "connecting", "import_source", "progress", "installations"},
+    {"streams", "schema", "connecting", "import_source", "export_target", "progress", "installations"},
     {"statements", "results", "import_lines", "demo_events", "accounts"},
     {"reading", "read_ahead", "import_chunks", "server_guard"},
     {"import_writer", "embedded"},
-    {"importer"},
+    {"importer", "exporter"},
     {"store"},
     {"status"},
     {"__init__"},

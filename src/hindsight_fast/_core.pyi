@@ -1,6 +1,6 @@
 """The typed face of the compiled core (sources in src/_core)."""
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from types import GenericAlias
 from typing import Any, ClassVar, Final, Generic, Protocol, Self, final, overload
@@ -21,6 +21,7 @@ __all__ = [
     "ResultReader",
     "decode_result",
     "decode_row",
+    "export_lines",
 ]
 
 EVENT_COLUMNS: Final[tuple[str, ...]]
@@ -146,3 +147,4 @@ def decode_result(
     decode_payload: Callable[[RecordedEvent], Any] | None = None,
     reader: ResultReader | None = None,
 ) -> list[RecordedEvent]: ...
+def export_lines(events: Iterable[RecordedEvent], block_size: int = ...) -> Generator[bytes]: ...

@@ -17,6 +17,12 @@ from ._core import EventRows
 from .streams import stream_bytes
 
 _ABSENT: Final = msgspec.Raw(b"")
+# An escape of a JSON string. Only the group holds a surrogate without its other half.
+_ESCAPE: Final = re.compile(
+    rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)"
+)
+_MARKS: Final = b"\x7f~^`|@#$%&*;<=>?!"
+"""What may stand for the backslash of a lone surrogate: one that the line does not hold."""
 _UUID_TEXT: Final = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}").fullmatch
 
 MAX_LINE_NO: Final = 2**40 - 1
@@ -59,7 +65,10 @@ class LineReader:
     def add(self, line: bytes, line_no: int, rows: EventRows) -> None:
         """Add *line* to *rows*. Raises BadLine, with *rows* as they were."""
         try:
-            event = self._decode(line)
+            try:
+                event = self._decode(line)
+            except msgspec.DecodeError as error:
+                event = self._with_lone_surrogates(line, error)
             stream_id = self._streams.get(event.stream) or self._stream_id(event.stream)
             data = memoryview(event.data)
             if data[0] != 0x7B:
@@ -87,6 +96,24 @@ class LineReader:
             raise BadLine("nested too deeply") from None
         except (msgspec.MsgspecError, ValueError, OverflowError) as error:
             raise BadLine(_reason(error)) from error
+
+    def _with_lone_surrogates(self, line: bytes, refused: msgspec.DecodeError) -> ImportLine:
+        """Decode a *line* that was *refused* for half a surrogate pair in its JSON, which PostgreSQL stores as it is.
+
+        JSON's grammar allows it, and what a store gave out a store takes back; msgspec does not. Raises *refused* for
+        anything else.
+        """
+        mark = next((bytes([each]) for each in _MARKS if each not in line), b"")
+        marked = _ESCAPE.sub(lambda escape: mark + escape[1] if escape[1] else escape[0], line)
+        if not mark or marked == line:
+            raise refused
+        event = self._decode(marked)
+        if mark in event.stream.encode() or mark in event.type.encode():
+            raise refused  # a text that UTF-8 cannot hold
+        for field in ("data", "metadata"):
+            if (lifted := getattr(event, field)) is not _ABSENT:
+                setattr(event, field, msgspec.Raw(bytes(lifted).replace(mark, b"\\")))
+        return event
 
     def _stream_id(self, text: str) -> bytes:
         if not text:
