@@ -21,8 +21,9 @@ _ABSENT: Final = msgspec.Raw(b"")
 _ESCAPE: Final = re.compile(
     rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)"
 )
-_MARKS: Final = b"\x7f~^`|@#$%&*;<=>?!"
-"""What may stand for the backslash of a lone surrogate: one that the line does not hold."""
+_MARKS: Final = b"\x7f", b"\xff"
+"""What stands for the backslash of a lone surrogate: a letter that hardly a line holds, or what no UTF-8 does, which
+msgspec passes over in what it only lifts out."""
 _UUID_TEXT: Final = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}").fullmatch
 
 MAX_LINE_NO: Final = 2**40 - 1
@@ -98,12 +99,12 @@ class LineReader:
             raise BadLine(_reason(error)) from error
 
     def _with_lone_surrogates(self, line: bytes, refused: msgspec.DecodeError) -> ImportLine:
-        """Decode a *line* that was *refused* for half a surrogate pair in its JSON, which PostgreSQL stores as it is.
+        """Decode a *line* that was *refused* for half a surrogate pair inside its data or metadata.
 
-        JSON's grammar allows it, and what a store gave out a store takes back; msgspec does not. Raises *refused* for
-        anything else.
+        JSON's grammar allows that and PostgreSQL stores it, so what an export wrote is taken back; msgspec refuses it.
+        Raises *refused* or another DecodeError for whatever else is wrong.
         """
-        mark = next((bytes([each]) for each in _MARKS if each not in line), b"")
+        mark = next((each for each in _MARKS if each not in line), b"")
         marked = _ESCAPE.sub(lambda escape: mark + escape[1] if escape[1] else escape[0], line)
         if not mark or marked == line:
             raise refused
