@@ -384,12 +384,14 @@ def test_every_kind_of_target_gets_the_same_bytes(
     with (tmp_path / "file.ndjson.gz").open("wb") as file:
         shop.export_events(file)
         assert not file.closed
-        assert os.path.getsize(file.name) == len(whole)  # flushed, and left uncompressed whatever its name
+    with (tmp_path / "one.ndjson").open("wb") as file:
+        shop.export_events(file, limit=1)
+        assert (tmp_path / "one.ndjson").read_bytes() == exported(shop, limit=1)  # flushed
     shop.export_events("-")
     assert capsysbinary.readouterr().out == whole
     assert (tmp_path / "path.ndjson").read_bytes() == whole
     assert (tmp_path / "text.ndjson").read_bytes() == whole
-    assert (tmp_path / "file.ndjson.gz").read_bytes() == whole
+    assert (tmp_path / "file.ndjson.gz").read_bytes() == whole  # uncompressed: what is open has no name
     assert little.taken == silent.taken == whole
     with gzip.open(tmp_path / "packed.ndjson.gz") as packed:
         assert packed.read() == whole
@@ -424,8 +426,10 @@ def test_a_file_that_is_there_is_replaced_only_if_asked(shop: EventStore, tmp_pa
     path = tmp_path / "all.ndjson"
     path.write_bytes(b"precious")
     path.chmod(0o600)
+    told: list[ExportProgress] = []
     with pytest.raises(FileExistsError, match=r"all\.ndjson"):
-        shop.export_events(path)
+        shop.export_events(path, progress=told.append)
+    assert told == []  # not only at the end
     assert path.read_bytes() == b"precious"
     shop.export_events(path, overwrite=True)
     assert path.read_bytes() == exported(shop)
@@ -470,8 +474,11 @@ def test_a_device_is_written_to_and_not_replaced(shop: EventStore, tmp_path: Pat
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     with (tmp_path / "seen").open("wb") as seen, subprocess.Popen(["cat", pipe], stdout=seen) as reader:
-        shop.export_events(pipe)
-        assert reader.wait(timeout=30) == 0
+        try:
+            shop.export_events(pipe)
+            assert reader.wait(timeout=30) == 0
+        finally:
+            reader.kill()
     assert (tmp_path / "seen").read_bytes() == exported(shop)
     assert stat.S_ISFIFO(pipe.stat().st_mode)
 

@@ -1,6 +1,7 @@
 """Recorded events into lines of the import format: the compiled encoder against its plain twin."""
 
 import json
+import tracemalloc
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -136,9 +137,16 @@ def test_blocks_hold_whole_lines_and_are_about_as_large_as_asked() -> None:
 def test_a_large_event_does_not_keep_its_memory() -> None:
     large = recorded(replace(EVENT, payload=b'{"a":"' + b"x" * 10_000_000 + b'"}'))
     small = recorded(EVENT)
-    blocks = export_lines([large, small])
-    assert len(next(blocks)) > 10_000_000
-    assert len(next(blocks)) < 400
+    tracemalloc.start()
+    try:
+        blocks = export_lines([large, small, small], 300)
+        assert len(next(blocks)) > 10_000_000
+        assert len(next(blocks)) < 400
+        kept, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak > 10_000_000  # it is seen
+    assert kept < 100_000
 
 
 @pytest.mark.parametrize("block_size", [0, -1])
