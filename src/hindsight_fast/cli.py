@@ -7,13 +7,14 @@ import os
 import re
 import shlex
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import wraps
 from pathlib import Path
-from typing import Any, Final, Literal, NoReturn, ParamSpec, TypeVar
+from typing import Any, Final, Literal, NoReturn, ParamSpec, TextIO, TypeVar
 from uuid import UUID
 
 import click
@@ -478,9 +479,10 @@ def export(
 
 
 def _run_export(store: EventStore, output: str, selection: dict[str, Any], force: bool) -> ExportProgress:
+    began = time.monotonic()
     done = ExportProgress(0, 0, None, 0.0)
     # Where lines and bar would run into each other there is no bar; a pipe gets no lines of progress beside its own.
-    quiet = output == "-" and (sys.stdout.isatty() or not sys.stderr.isatty())
+    quiet = output == "-" and (_is_terminal(sys.stdout) or not _is_terminal(sys.stderr))
     progress = None if quiet else EventProgress("exporting", _estimated_events(store, selection))
 
     def show(now: ExportProgress) -> None:
@@ -497,7 +499,8 @@ def _run_export(store: EventStore, output: str, selection: dict[str, Any], force
     except KeyboardInterrupt:
         left = "The last line on stdout may be cut off" if output == "-" else f"{output} is as it was before"
         _interrupted(f"{left}; the same command starts anew.")
-    return done
+    # Until the file is on disk, not only until the last page was written to it.
+    return replace(done, seconds=time.monotonic() - began)
 
 
 def _estimated_events(store: EventStore, selection: dict[str, Any]) -> int | None:
@@ -592,6 +595,10 @@ def _write(data: bytes | bytearray) -> None:
     if data and sys.stdout is not None:
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    return stream is not None and stream.isatty()
 
 
 def _drop_stdout() -> None:

@@ -102,8 +102,9 @@ class LineTarget:
         folder, name = os.path.split(self._path)
         # Short enough with any name: 255 bytes are what most file systems take.
         begin = os.fsencode(name)[:200].decode(errors="ignore")
-        self._temporary = os.path.join(folder, f"{begin}.{secrets.token_hex(4)}.part")
-        descriptor = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        temporary = os.path.join(folder, f"{begin}.{secrets.token_hex(4)}.part")
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._temporary = temporary  # only now: were it somebody else's, it would not be ours to remove
         self._file = open(descriptor, "wb", buffering=0)  # noqa: SIM115 - closed by _discard()
         self._close_file = True
         if found is not None:
