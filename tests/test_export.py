@@ -445,6 +445,28 @@ def test_a_file_made_meanwhile_is_not_replaced(shop: EventStore, tmp_path: Path)
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize(("overwrite", "naming"), [(False, "link"), (True, "replace")])
+def test_a_file_is_on_disk_before_it_has_its_name(
+    shop: EventStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool, naming: str
+) -> None:
+    calls: list[tuple[str, str]] = []
+
+    def watched(name: str) -> Callable[..., None]:
+        really = getattr(os, name)
+
+        def call(what: Any, *others: Any) -> None:
+            path = os.readlink(f"/proc/self/fd/{what}") if isinstance(what, int) else what
+            calls.append((name, "folder" if path == str(tmp_path) else "file"))
+            really(what, *others)
+
+        return call
+
+    for name in ("fsync", "link", "replace"):
+        monkeypatch.setattr(os, name, watched(name))
+    shop.export_events(tmp_path / "all.ndjson", overwrite=overwrite)
+    assert calls == [("fsync", "file"), (naming, "file"), ("fsync", "folder")]
+
+
 def test_a_file_system_without_hard_links_will_do(
     shop: EventStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
