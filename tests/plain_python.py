@@ -243,6 +243,43 @@ def in_utc(event: PlainEvent) -> PlainEvent:
     return replace(event, created_at=event.created_at.astimezone(UTC))
 
 
+# --- Lines of the import format -------------------------------------------------------------------------------------
+
+
+def export_line(event: PlainEvent) -> bytes:
+    """One JSON object and a newline; stored JSON as it is, but for the white space that a line cannot hold."""
+    fields = {
+        "stream": _quoted(str(event.stream_id)),
+        "type": _quoted(event.event_name),
+        "data": _on_one_line(event.payload),
+        "version": str(event.event_version).encode(),
+        "id": _quoted(str(event.event_id)),
+        "time": _quoted(event.created_at.astimezone(UTC).replace(tzinfo=None).isoformat(timespec="microseconds") + "Z"),
+    }
+    if event.correlation_id is not None:
+        fields["correlation_id"] = _quoted(str(event.correlation_id))
+    if event.metadata is not None and _on_one_line(event.metadata) != b"null":
+        fields["metadata"] = _on_one_line(event.metadata)
+    return b"{" + b",".join(b'"%s":%s' % (name.encode(), value) for name, value in fields.items()) + b"}\n"
+
+
+def _quoted(text: str) -> bytes:
+    escaped = ""
+    for letter in text:
+        if letter < " ":
+            escaped += f"\\u{ord(letter):04x}"
+        else:
+            escaped += f"\\{letter}" if letter in '"\\' else letter
+    return f'"{escaped}"'.encode()
+
+
+def _on_one_line(stored: bytes) -> bytes:
+    trimmed = stored.strip(b" \t\r\n")
+    if not trimmed:
+        raise ValueError("no JSON value")
+    return trimmed.replace(b"\n", b" ").replace(b"\r", b" ")
+
+
 # --- Arrays ---------------------------------------------------------------------------------------------------------
 
 

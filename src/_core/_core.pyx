@@ -2,7 +2,8 @@
 # cython: auto_pickle=False, autotestdict=False
 """The compiled core: bytes and Python objects in, bytes and Python objects out; no I/O, no psycopg, no network.
 
-The parts, in reading order: what a position is, how bytes are read and written, rows going in, rows coming out.
+The parts, in reading order: what a position is, how bytes are read and written, rows going in, rows coming out, and
+lines made of them.
 Their plain Python twins are the oracle of the tests and are not shipped.
 """
 
@@ -37,6 +38,7 @@ __all__ = [
     "ResultReader",
     "decode_result",
     "decode_row",
+    "export_lines",
 ]
 
 c_datetime.import_datetime()
@@ -45,3 +47,4 @@ include "cursor.pxi"
 include "wire.pxi"
 include "encode_rows.pxi"
 include "decode_rows.pxi"
+include "export_lines.pxi"

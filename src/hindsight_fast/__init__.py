@@ -10,6 +10,7 @@ from .errors import (
     SchemaError,
     StoreClosed,
 )
+from .exporter import ExportProgress
 from .importer import ImportProgress, ImportReport
 from .store import EventStore
 from .streams import STREAM_NAMESPACE, stream_uuid
@@ -20,6 +21,7 @@ __all__ = [
     "EmbeddedServerError",
     "EventParseError",
     "EventStore",
+    "ExportProgress",
     "HindsightError",
     "ImportFailed",
     "ImportProgress",

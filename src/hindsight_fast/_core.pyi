@@ -21,6 +21,7 @@ __all__ = [
     "ResultReader",
     "decode_result",
     "decode_row",
+    "export_lines",
 ]
 
 EVENT_COLUMNS: Final[tuple[str, ...]]
@@ -149,3 +150,4 @@ def decode_result(
     decode_payload: Callable[[RecordedEvent], Any] | None = None,
     reader: ResultReader | None = None,
 ) -> list[RecordedEvent]: ...
+def export_lines(events: Iterable[RecordedEvent], block_size: int = ...) -> Generator[bytes]: ...

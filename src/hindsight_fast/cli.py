@@ -1,4 +1,4 @@
-"""The command line: ``hindsight demo | init | import | read | status``. Data on stdout; talk and progress on stderr."""
+"""The command line: ``hindsight demo | init | import | export | read | status``. Data on stdout, talk on stderr."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import os
 import re
 import shlex
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, replace
 from functools import wraps
 from pathlib import Path
-from typing import Any, Final, Literal, NoReturn, ParamSpec, TypeVar
+from typing import Any, Final, Literal, NoReturn, ParamSpec, TextIO, TypeVar
 from uuid import UUID
 
 import click
@@ -28,6 +29,7 @@ from .demo import DATABASE as DEMO_DATABASE
 from .demo import default_data_dir, run_demo
 from .embedded import EmbeddedServer
 from .errors import HindsightError, ImportFailed, SchemaError
+from .exporter import ExportProgress
 from .importer import MOST_JOBS, ImportProgress, ImportReport, check_import_id
 from .progress import EventProgress
 from .schema import LAYOUT, check_schema_name, schema_sql
@@ -397,39 +399,46 @@ def _utf8(text: str) -> str:
     return text
 
 
+def selecting_options(command: Callable[..., T]) -> Callable[..., T]:
+    """Give *command* the options that say which events, and pass them as the arguments of the store's methods."""
+
+    @click.option("--after", metavar="CURSOR", callback=_checked(Cursor.parse), help="Only events behind it, as 812:3.")
+    @click.option(
+        "--type", "types", multiple=True, metavar="T", callback=_checked(_utf8),
+        help="Only events of this type; may be given many times.",
+    )  # fmt: skip
+    @click.option("--stream", metavar="NAME|UUID", callback=_checked(_stream_id), help="Only events of this stream.")
+    @click.option("--correlation-id", type=click.UUID, metavar="UUID", help="Only events of this cause.")
+    @click.option("--limit", type=click.IntRange(0, 2**63 - 1), metavar="N", help="At most so many events.")
+    @wraps(command)
+    def with_selection(
+        *args: Any, after: Cursor | None, types: list[str], stream: UUID | None, correlation_id: UUID | None,
+        limit: int | None, **options: Any,
+    ) -> T:  # fmt: skip
+        selection = {
+            "after": Cursor.BEGINNING if after is None else after,
+            "event_types": types or None,
+            "stream_id": stream,
+            "correlation_id": correlation_id,
+            "limit": limit,
+        }
+        return command(*args, selection=selection, **options)
+
+    return with_selection
+
+
 @commands.command()
-@click.option("--after", metavar="CURSOR", callback=_checked(Cursor.parse), help="Only events behind it, as 812:3.")
-@click.option(
-    "--type", "types", multiple=True, metavar="T", callback=_checked(_utf8),
-    help="Only events of this type; may be given many times.",
-)  # fmt: skip
-@click.option("--stream", metavar="NAME|UUID", callback=_checked(_stream_id), help="Only events of this stream.")
-@click.option("--correlation-id", type=click.UUID, metavar="UUID", help="Only events of this cause.")
-@click.option("--limit", type=click.IntRange(min=0), metavar="N", help="At most so many events.")
+@selecting_options
 @click.option("--no-data", is_flag=True, help="Leave data and metadata out.")
 @common_options
-def read(
-    source: DataSource,
-    after: Cursor | None,
-    types: list[str],
-    stream: UUID | None,
-    correlation_id: UUID | None,
-    limit: int | None,
-    no_data: bool,
-) -> None:
+def read(source: DataSource, selection: dict[str, Any], no_data: bool) -> None:
     """Write events to stdout in the order of the log, one JSON object a line, data as it is stored.
 
     Ends at the head of the log as it was at the start.
     """
     with source.open_store("look") as store:
         try:
-            events = store.read(
-                after=Cursor.BEGINNING if after is None else after,
-                event_types=types or None,
-                stream_id=stream,
-                correlation_id=correlation_id,
-                limit=limit,
-            )
+            events = store.read(**selection)
         except ValueError as error:
             raise click.UsageError(str(error)) from None
         gathered = bytearray()
@@ -462,6 +471,82 @@ def _event_line(event: RecordedEvent, no_data: bool) -> bytes:
 def _fragment(stored: bytes) -> orjson.Fragment:
     # The one change: a line break, which can only stand between tokens, would break the line.
     return orjson.Fragment(stored.replace(b"\n", b" ") if b"\n" in stored else stored)
+
+
+# --- export ---------------------------------------------------------------------------------------------------------
+
+
+@commands.command()
+@selecting_options
+@click.option("--until", metavar="CURSOR", callback=_checked(Cursor.parse), help="Only events up to it, included.")
+@click.option(
+    "-o", "--output", type=click.Path(dir_okay=False, allow_dash=True), default="-", metavar="FILE",
+    help="Where to write; compressed where it ends with .gz.  [default: -, standard output]",
+)  # fmt: skip
+@click.option("--force", is_flag=True, help="Replace FILE if it exists already.")
+@click.option("--json", "as_json", is_flag=True, help="The report as one JSON object.")
+@common_options
+def export(
+    source: DataSource, selection: dict[str, Any], until: Cursor | None, output: str, force: bool, as_json: bool
+) -> None:
+    """Write events as lines that import takes, in the order of the log, up to its head as it was at the start.
+
+    FILE gets its name when all is written; until then, and after a kill -9, there is only a FILE.*.part. The report
+    goes to stdout, or to stderr where the events go to stdout; its last cursor is for the next export's --after.
+    """
+    selection["until"] = until
+    with source.open_store("look") as store:
+        done = _run_export(store, output, selection, force)
+    click.echo(_export_json(done, output) if as_json else _export_text(done), err=output == "-")
+
+
+def _run_export(store: EventStore, output: str, selection: dict[str, Any], force: bool) -> ExportProgress:
+    began = time.monotonic()
+    done = ExportProgress(0, 0, None, 0.0)
+    # Where lines and bar would run into each other there is no bar; a pipe gets no lines of progress beside its own.
+    quiet = output == "-" and (_is_terminal(sys.stdout) or not _is_terminal(sys.stderr))
+    progress = None if quiet else EventProgress("exporting", _estimated_events(store, selection))
+
+    def show(now: ExportProgress) -> None:
+        nonlocal done
+        done = now
+        if progress is not None:
+            progress.show(now.events, now.events)
+
+    try:
+        with progress or nullcontext():
+            store.export_events(output, **selection, overwrite=force, progress=show)
+    except FileExistsError:
+        raise HindsightError(f"{output} exists already; --force replaces it") from None
+    except KeyboardInterrupt:
+        left = "The last line on stdout may be cut off" if output == "-" else f"{output} is as it was before"
+        _interrupted(f"{left}; the same command starts anew.")
+    # Until the file is on disk, not only until the last page was written to it.
+    return replace(done, seconds=time.monotonic() - began)
+
+
+def _estimated_events(store: EventStore, selection: dict[str, Any]) -> int | None:
+    """How many events there will be, as far as the planner knows without counting; None for a part of the log."""
+    if any(selection[each] is not None for each in ("event_types", "stream_id", "correlation_id", "until")):
+        return None
+    if selection["after"] != Cursor.BEGINNING:
+        return None
+    estimate = read_status(store).estimated_events
+    return estimate if estimate is None or selection["limit"] is None else min(estimate, selection["limit"])
+
+
+def _export_json(done: ExportProgress, output: str) -> str:
+    last_cursor = None if done.cursor is None else str(done.cursor)
+    fields = {"output": output, "events": done.events, "bytes": done.bytes, "seconds": done.seconds}
+    return orjson.dumps({**fields, "last_cursor": last_cursor}).decode()
+
+
+def _export_text(done: ExportProgress) -> str:
+    megabytes, seconds = done.bytes / 1e6, max(done.seconds, 1e-6)
+    text = f"{done.events:,} events exported, {megabytes:,.1f} MB as text, {done.seconds:.2f} s"
+    if done.cursor is not None:
+        text += f", {done.events / seconds:,.0f} events/s; last cursor {done.cursor}"
+    return text
 
 
 # --- status ---------------------------------------------------------------------------------------------------------
@@ -532,6 +617,10 @@ def _write(data: bytes | bytearray) -> None:
     if data and sys.stdout is not None:
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    return stream is not None and stream.isatty()
 
 
 def _drop_stdout() -> None:

@@ -135,7 +135,7 @@ class PageReader(ABC):
 
 
 class BoundedReader(PageReader):
-    """A read of the log from behind *after* to where it ended when the first bound was had.
+    """A read of the log from behind *after* to where it ended when the first bound was had, or up to *until*.
 
     A bound that has expired with its server's run is asked for anew.
     """
@@ -147,6 +147,7 @@ class BoundedReader(PageReader):
         statements: Statements,
         *,
         after: Cursor,
+        until: Cursor | None,
         event_names: list[str] | None,
         correlation_id: UUID | None,
         limit: int | None,
@@ -154,6 +155,7 @@ class BoundedReader(PageReader):
     ) -> None:
         super().__init__(statements, limit, page_rows)
         self.position = after
+        self.until = until
         self.bound: Bound | None = None
         self._last_number: int | None = None  # of the first bound: the read ends there even under a later one
         self._renewed_at: Cursor | None = None
@@ -216,6 +218,7 @@ class LogReader(BoundedReader):
         statements: Statements,
         *,
         after: Cursor,
+        until: Cursor | None = None,
         event_names: list[str] | None = None,
         correlation_id: UUID | None = None,
         limit: int | None = None,
@@ -224,6 +227,7 @@ class LogReader(BoundedReader):
         super().__init__(
             statements,
             after=after,
+            until=until,
             event_names=event_names,
             correlation_id=correlation_id,
             limit=limit,
@@ -236,6 +240,9 @@ class LogReader(BoundedReader):
     def _next_below(self, bound: Bound) -> Request:
         where: list[LiteralString] = [BEHIND_CURSOR, BELOW_BOUND]
         values: list[Any] = [self.position.transaction_no, self.position.sequence_no, bound.number, bound.server_run]
+        if self.until is not None:
+            where.append(UP_TO_CURSOR)
+            values += [self.until.transaction_no, self.until.sequence_no]
         if self._scans and self._page_end is None:
             return Request(self._statements.page_end(where, SCAN_ROWS - 1), tuple(values), "values")
         if isinstance(self._page_end, Cursor):
@@ -274,6 +281,7 @@ class StreamLogReader(BoundedReader):
         *,
         stream_id: UUID,
         after: Cursor,
+        until: Cursor | None = None,
         event_names: list[str] | None = None,
         correlation_id: UUID | None = None,
         limit: int | None = None,
@@ -281,6 +289,7 @@ class StreamLogReader(BoundedReader):
         super().__init__(
             statements,
             after=after,
+            until=until,
             event_names=event_names,
             correlation_id=correlation_id,
             limit=limit,
@@ -293,9 +302,13 @@ class StreamLogReader(BoundedReader):
 
     def _next_below(self, bound: Bound) -> Request:
         if self._next_version is None:
-            at = (self._stream_id, self.position.transaction_no, self.position.sequence_no, self._stream_id)
-            return Request(self._statements.stream_start, at, "values")
-        self._span_end = self._next_version + (SCAN_ROWS if self._filters else self._wanted()) - 1
+            at = (self._stream_id, self.position.transaction_no, self.position.sequence_no)
+            if self.until is None:
+                return Request(self._statements.stream_start, (*at, self._stream_id), "values")
+            end = (self._stream_id, self.until.transaction_no, self.until.sequence_no, self._stream_id)
+            return Request(self._statements.stream_range, (*at, *end), "values")
+        span_rows = SCAN_ROWS if self._filters else self._wanted()
+        self._span_end = min(self._next_version + span_rows - 1, self._last_version)
         statement = self._statements.stream_page(
             [STREAM_SPAN, STREAM_BELOW_BOUND, *self._filters], self._wanted(), backwards=False
         )
@@ -383,6 +396,13 @@ def check_event_names(event_types: Iterable[str] | None) -> list[str] | None:
         if "\0" in name:
             raise ValueError(f"no event's name holds a NUL character: {name!r}")
     return names
+
+
+def check_until(until: Cursor | None) -> Cursor | None:
+    """Return *until*. Raises TypeError unless it is a Cursor or None."""
+    if until is not None and not isinstance(until, Cursor):
+        raise TypeError(f"until must be a Cursor, not {type(until).__name__}")
+    return until
 
 
 def check_after(after: Cursor) -> Cursor:

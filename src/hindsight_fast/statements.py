@@ -36,6 +36,13 @@ STREAM_START: Final = """
         (SELECT h.stream_version FROM {schema}.stream_heads AS h WHERE h.stream_id = %s::uuid)
 """
 
+# The same, but the last version is that of the last event at or before a second cursor.
+STREAM_RANGE: Final = """
+    SELECT {schema}.first_version_behind_v1(%s::uuid, %s::bigint, %s::integer),
+        coalesce({schema}.first_version_behind_v1(%s::uuid, %s::bigint, %s::integer) - 1,
+            (SELECT h.stream_version FROM {schema}.stream_heads AS h WHERE h.stream_id = %s::uuid))
+"""
+
 UP_TO_CURSOR: Final = "(e.transaction_no, e.sequence_no) <= (%s::bigint, %s::integer)"
 NAMES_FILTER: Final = "e.event_name = ANY(%s::text[])"
 CORRELATION_FILTER: Final = "e.correlation_id = %s::uuid"
@@ -213,6 +220,7 @@ class Statements:
         self._columns = sql.SQL(", ").join(sql.Identifier("e", column) for column in EVENT_COLUMNS)
         self.stream_version = self._compose(STREAM_VERSION)
         self.stream_start = self._compose(STREAM_START)
+        self.stream_range = self._compose(STREAM_RANGE)
         self.read_barrier = self._compose(READ_BARRIER)
         self.end_stalled = self._compose(END_STALLED)
         self.head = self._compose(HEAD)
