@@ -65,7 +65,7 @@ def schema_sql(schema: str) -> str:
 
 # What the functions raise when the store, or the server, is in a state that forbids the call. HS003, an expired bound,
 # is not among them: the reader asks for another.
-_REFUSALS = frozenset({"HS001", "HS002", "HS004", "HS005", "HS010", "HS011", "HS012"})
+_REFUSALS = frozenset({"HS001", "HS002", "HS004", "HS005", "HS010", "HS011", "HS012", "HS013"})
 
 
 def refusal_of(error: psycopg.Error, schema: str) -> SchemaError | None:
