@@ -434,6 +434,19 @@ LANGUAGE sql STABLE AS $body$
 $body$;
 
 
+-- For long statements of this transaction, but not for the one that calls this: they end when their client is gone, where
+-- the server's system can tell; and they do not wait for a lock for ever.
+CREATE OR REPLACE FUNCTION hindsight.limit_build_v1() RETURNS void
+LANGUAGE plpgsql VOLATILE AS $body$
+BEGIN
+    PERFORM set_config('lock_timeout', '60s', true);
+    PERFORM set_config('client_connection_check_interval', '1s', true);
+EXCEPTION WHEN invalid_parameter_value THEN
+    PERFORM set_config('lock_timeout', '60s', true);
+END
+$body$;
+
+
 -- Build one of those indexes as it is defined for the log; nothing where it is there already.
 CREATE OR REPLACE FUNCTION hindsight.build_beside_v1(wanted_index oid) RETURNS void
 LANGUAGE plpgsql VOLATILE AS $body$
@@ -444,7 +457,8 @@ DECLARE
 BEGIN
     -- An importer that was killed may have left a backend behind that builds it still.
     PERFORM pg_advisory_xact_lock(hashtextextended('hindsight_fast: build index ' || wanted_index, 0));
-    SELECT i.*, CASE WHEN x.indisunique THEN 'UNIQUE ' ELSE '' END AS uniqueness, coalesce(s.spcname, '') AS tablespace
+    SELECT i.*, CASE WHEN x.indisunique THEN 'UNIQUE ' ELSE '' END AS uniqueness, coalesce(s.spcname, '') AS tablespace,
+        c.relnamespace::regnamespace AS namespace
     INTO STRICT found
     FROM hindsight.initial_indexes_v1() AS i
     JOIN pg_index AS x ON x.indexrelid = i.index_id
@@ -453,7 +467,7 @@ BEGIN
     IF found.beside IS NOT NULL THEN
         RETURN;
     END IF;
-    beginning := format('CREATE %sINDEX %I ON %s.%I ', found.uniqueness, found.index_name, 'hindsight', found.table_name);
+    beginning := format('CREATE %sINDEX %I ON %s.%I ', found.uniqueness, found.index_name, found.namespace, found.table_name);
     IF NOT starts_with(definition, beginning) THEN
         RAISE EXCEPTION 'index % is defined in words that are not understood', found.index_name;
     END IF;
@@ -465,7 +479,7 @@ BEGIN
     IF current_setting('max_parallel_maintenance_workers')::integer < 2 THEN
         PERFORM set_config('max_parallel_maintenance_workers', '2', true);
     END IF;
-    EXECUTE format('CREATE %sINDEX %I ON %s.%I ', found.uniqueness, found.beside_name, 'hindsight', found.table_name || '_import')
+    EXECUTE format('CREATE %sINDEX %I ON %s.%I ', found.uniqueness, found.beside_name, found.namespace, found.table_name || '_import')
         || substr(definition, length(beginning) + 1);
 END
 $body$;

@@ -196,7 +196,10 @@ COPY_BESIDE: Final = "COPY {schema}.events_import ({columns}) FROM STDIN (FORMAT
 NOTE_LINES: Final = "INSERT INTO {schema}.events_import_lines VALUES (%s::bigint, %s::integer[], %s::bigint[])"
 COUNT_STREAMS: Final = "SELECT e.stream_id, count(*) FROM {schema}.events_import AS e GROUP BY e.stream_id"
 
-LIST_BESIDE: Final = "SELECT i.index_id, i.table_name, i.beside_name, i.guards_ids FROM {schema}.initial_indexes_v1() AS i"
+IMPORT_FINISHED: Final = "SELECT coalesce(bool_and(i.finished), false) FROM {schema}.imports AS i WHERE i.import_id = %s"
+
+LIST_BESIDE: Final = "SELECT i.index_id, i.table_name, i.guards_ids FROM {schema}.initial_indexes_v1() AS i"
+LIMIT_BUILD: Final = "SELECT {schema}.limit_build_v1()"
 BUILD_BESIDE: Final = "SELECT {schema}.build_beside_v1(%s::oid)"
 FILL_HEADS_BESIDE: Final = "SELECT {schema}.fill_heads_beside_v1()"
 ANALYZE_BESIDE: Final = "ANALYZE {schema}.events_import, {schema}.stream_heads_import"
@@ -239,6 +242,16 @@ OPEN_SNAPSHOTS: Final = """
     WHERE l.locktype = 'virtualxid' AND l.mode = 'ExclusiveLock' AND l.granted AND l.pid <> pg_backend_pid()
       AND a.datname = current_database() AND a.usesysid > 0 AND (a.backend_xmin IS NOT NULL OR a.state IS NULL)
 """
+
+# Who has kept the switch from locking the log's tables.
+TABLE_USERS: Final = """
+    SELECT DISTINCT l.pid FROM pg_locks AS l
+    WHERE l.relation IN (to_regclass(%s), to_regclass(%s)) AND l.granted AND l.pid <> pg_backend_pid()
+"""
+
+# For how long each of these waits for a lock; whoever calls them tries again.
+LIMIT_GATE_WAIT: Final = "SELECT set_config('lock_timeout', '100ms', true)"
+LIMIT_DROP_WAIT: Final = "SELECT set_config('lock_timeout', '5s', true)"
 
 SWITCH_INITIAL: Final = "SELECT {schema}.switch_initial_v1(%s::text)"
 DROP_INITIAL: Final = "SELECT {schema}.drop_initial_v1(%s::text)"
@@ -305,6 +318,8 @@ class Statements:
         self.move_initial = self._compose(MOVE_INITIAL)
         self.note_lines = self._compose(NOTE_LINES)
         self.count_streams = self._compose(COUNT_STREAMS)
+        self.import_finished = self._compose(IMPORT_FINISHED)
+        self.limit_build = self._compose(LIMIT_BUILD)
         self.list_beside = self._compose(LIST_BESIDE)
         self.build_beside = self._compose(BUILD_BESIDE)
         self.fill_heads_beside = self._compose(FILL_HEADS_BESIDE)
