@@ -116,8 +116,8 @@ class ImportFailed(HindsightError):
     and import again under the same ``import_id``: it goes on behind the last stored chunk, which ends with line
     ``stored_lines``.
 
-    Of an initial import that brings an id twice, nothing is stored: ``duplicate_count`` ids stand on more than one line,
-    and ``duplicates`` are the first hundred of them, each with its first hundred lines.
+    Of an initial import that brings an id twice nothing is stored: ``duplicate_count`` ids stand on more than one
+    line, and ``duplicates`` are the first hundred of them, each with its first hundred lines.
     """
 
     def __init__(

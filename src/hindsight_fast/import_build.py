@@ -1,7 +1,7 @@
 """What an initial import's tables still lack when all lines are stored: indexes, heads of streams, statistics.
 
-Several connections build at a time, as far as the pool has some to spare. Each step is one transaction that does nothing
-where it was done before, so that an import that was killed repeats only the step it was at.
+Several connections build at a time, as far as the pool has some to spare. Each step is one transaction that does
+nothing where it was done before, so that an import that was killed repeats only the step it was at.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 In steps, each of which can be interrupted and repeated: the store is closed to appends and the tables are made
 (``begin_initial_v1``); chunks of lines are stored in them, each with its checkpoint; indexes and heads are built; one
-transaction exchanges the tables and opens the store (``switch_initial_v1``). docs/importing.md says why nothing is lost.
+transaction exchanges the tables and opens the store (``switch_initial_v1``). docs/importing.md says why nothing is
+lost.
 """
 
 from __future__ import annotations
@@ -186,9 +187,10 @@ class InitialImport:
         named = [f"{each} (lines {', '.join(map(str, lines[:5]))})" for each, lines in duplicates[:NAMED_IDS]]
         if count > len(named):
             named.append(f"and {count - len(named)} more")
+        what = "1 id stands" if count == 1 else f"{count} ids stand"
         return ImportFailed(
-            f"{count} {'id stands' if count == 1 else 'ids stand'} on more than one line: {', '.join(named)}. The store is"
-            " empty and open again: mend the lines and import anew, or import with mode='append'",
+            f"{what} on more than one line: {', '.join(named)}. The store is empty and open again: mend the lines and"
+            " import anew",
             import_id=self._import_id,
             source=self._source_name,
             duplicates=duplicates,
@@ -206,8 +208,8 @@ class InitialWriter(ChunkWriter):
     """Stores chunks in the table beside the log: no heads to lock, no number to draw, no index to keep.
 
     It counts each stream's events itself, in a dict that takes about 190 bytes a stream; on resume that is filled from
-    the table. *next_number* is the transaction_no of the next chunk, None if the import was finished before; *loaded* says
-    that all lines were stored before.
+    the table. *next_number* is the transaction_no of the next chunk, None if the import was finished before; *loaded*
+    says that all lines were stored before.
     """
 
     def __init__(

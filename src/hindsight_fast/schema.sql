@@ -521,22 +521,22 @@ CREATE OR REPLACE FUNCTION hindsight.copy_grants_v1(original regclass, beside re
 LANGUAGE plpgsql VOLATILE AS $body$
 DECLARE
     granted record;
+    written_down boolean;
 BEGIN
-    -- Default privileges may have given it some of its own.
+    -- Default privileges may have given it some of its own. NULL stands for what an owner may by nature.
+    written_down := (SELECT count(c.relacl) > 0 FROM pg_class AS c WHERE c.oid IN (original, beside));
     FOR granted IN
-        SELECT DISTINCT a.grantee FROM pg_class AS c, aclexplode(c.relacl) AS a WHERE c.oid = beside
+        SELECT DISTINCT a.grantee FROM pg_class AS c, aclexplode(coalesce(c.relacl, acldefault('r', c.relowner))) AS a
+        WHERE c.oid = beside AND written_down
     LOOP
         EXECUTE format('REVOKE ALL ON TABLE %s FROM %s', beside,
             CASE granted.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(granted.grantee)) END);
     END LOOP;
-    IF (SELECT c.relacl IS NOT NULL FROM pg_class AS c WHERE c.oid = original) THEN
-        -- What an owner may is implied until it is written down.
-        EXECUTE format('REVOKE ALL ON TABLE %s FROM %I', beside, (SELECT pg_get_userbyid(c.relowner) FROM pg_class AS c WHERE c.oid = beside));
-    END IF;
     FOR granted IN
-        SELECT a.grantee, a.privilege_type || coalesce(format(' (%I)', g.attname), '') AS privilege, a.is_grantable
+        SELECT a.grantee, a.privilege_type || CASE WHEN g.attname IS NULL THEN '' ELSE format(' (%I)', g.attname) END AS privilege, a.is_grantable
         FROM (
-            SELECT c.relacl, NULL::name FROM pg_class AS c WHERE c.oid = original
+            SELECT coalesce(c.relacl, acldefault('r', c.relowner)), NULL::name FROM pg_class AS c
+            WHERE c.oid = original AND written_down
             UNION ALL
             SELECT t.attacl, t.attname FROM pg_attribute AS t WHERE t.attrelid = original AND t.attacl IS NOT NULL
         ) AS g (acl, attname), aclexplode(g.acl) AS a

@@ -196,7 +196,7 @@ COPY_BESIDE: Final = "COPY {schema}.events_import ({columns}) FROM STDIN (FORMAT
 NOTE_LINES: Final = "INSERT INTO {schema}.events_import_lines VALUES (%s::bigint, %s::integer[], %s::bigint[])"
 COUNT_STREAMS: Final = "SELECT e.stream_id, count(*) FROM {schema}.events_import AS e GROUP BY e.stream_id"
 
-IMPORT_FINISHED: Final = "SELECT coalesce(bool_and(i.finished), false) FROM {schema}.imports AS i WHERE i.import_id = %s"
+IMPORT_FINISHED: Final = "SELECT bool_and(i.finished) FROM {schema}.imports AS i WHERE i.import_id = %s"
 
 LIST_BESIDE: Final = "SELECT i.index_id, i.table_name, i.guards_ids FROM {schema}.initial_indexes_v1() AS i"
 LIMIT_BUILD: Final = "SELECT {schema}.limit_build_v1()"
