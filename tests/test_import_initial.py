@@ -253,6 +253,17 @@ def test_what_was_altered_stays_altered(store: EventStore, connection: Connectio
         connection.execute(f"DROP ROLE {role}")
 
 
+def stop_at(store: EventStore, phase: str) -> None:
+    """Import thirty events as far as a phase, and stop there."""
+
+    def stop(progress: ImportProgress) -> None:
+        if progress.phase == phase:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        store.import_events(lines(30), import_id="a", mode="initial", chunk_size=10, progress=stop)
+
+
 # What the others see meanwhile
 
 
@@ -355,6 +366,32 @@ def test_numbers_that_readers_have_passed_would_lose_events(
     reader.read()
     assert reader.seen != list(range(50))
     reader.close()
+
+
+def test_a_switch_that_is_undone_has_moved_nothing(store: EventStore, database: str, connection: Connection) -> None:
+    """setval would stay: readers would pass the numbers, and the next try would bring events below their bounds."""
+    stop_at(store, "switch")
+    reader = TrustsTheBarrier(database)
+    with psycopg.connect(database) as other:
+        other.execute("SELECT hindsight.switch_initial_v1('a')")
+        other.rollback()
+    reader.read()
+    assert store.import_events(lines(30), import_id="a", mode="initial").skipped_events == 30
+    reader.read()
+    assert reader.seen == list(range(30))
+    reader.close()
+
+
+def test_numbers_that_were_overtaken_meanwhile_are_not_used(store: EventStore, connection: Connection) -> None:
+    """A standby that is promoted, or a dump that is restored, moves the sequence as far as these numbers."""
+    stop_at(store, "switch")
+    connection.execute("UPDATE hindsight.store_meta SET timeline = timeline + 1")
+    with EventStore(store.conninfo) as elsewhere:
+        with pytest.raises(SchemaError, match="moved to another server"):
+            elsewhere.import_events(lines(30), import_id="a", mode="initial")
+        elsewhere.abandon_import("a")
+        assert elsewhere.import_events(lines(30), import_id="a", mode="initial").events == 30
+        assert len(list(elsewhere.read())) == 30
 
 
 @pytest.mark.essential
@@ -597,12 +634,7 @@ def test_a_source_that_has_changed_is_refused(store: EventStore) -> None:
 
 
 def test_a_source_that_has_grown_is_not_mixed_into_what_is_built(store: EventStore, connection: Connection) -> None:
-    def stop(progress: ImportProgress) -> None:
-        if progress.phase == "switch":
-            raise InterruptedError
-
-    with pytest.raises(InterruptedError):
-        store.import_events(lines(30), import_id="a", mode="initial", progress=stop)
+    stop_at(store, "switch")
     for _ in range(2):
         with pytest.raises(ImportFailed, match="mode='append' goes on with them"):
             store.import_events(lines(31), import_id="a", mode="initial")
@@ -612,7 +644,10 @@ def test_a_source_that_has_grown_is_not_mixed_into_what_is_built(store: EventSto
     assert [event.payload["n"] for event in store.read()] == list(range(31))
 
 
-def test_of_two_importers_at_once_one_is_refused(store: EventStore, connection: Connection) -> None:
+def test_of_two_importers_at_once_one_is_refused(
+    store: EventStore, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(initial, "RIVAL_PATIENCE_S", 0.1)
     source = Paused(lines(20), lines(20))
     running = Background(lambda: store.import_events(source, import_id="a", mode="initial", chunk_size=10))
     wait_until(lambda: state_of(connection) != "open")
@@ -628,13 +663,7 @@ def test_of_two_importers_at_once_one_is_refused(store: EventStore, connection: 
 def test_abandoning_leaves_an_empty_store_that_works(store: EventStore, connection: Connection) -> None:
     before = catalog(connection)
     for how_far in ("lines", "indexes", "switch"):
-
-        def stop(progress: ImportProgress, how_far: str = how_far) -> None:
-            if progress.phase == how_far:
-                raise InterruptedError
-
-        with pytest.raises(InterruptedError):
-            store.import_events(lines(30), import_id="a", mode="initial", chunk_size=10, progress=stop)
+        stop_at(store, how_far)
         with pytest.raises(SchemaError, match="the initial import 'a' is not finished"):
             store.import_events(lines(30), import_id="other", mode="initial")
         assert catalog(connection) != before

@@ -37,6 +37,8 @@ BEGIN_PATIENCE_S: Final = 60.0
 SWITCH_PATIENCE_S: Final = 300.0
 """How long to wait for transactions that still read the empty tables, or might see half of the new ones."""
 DROP_PATIENCE_S: Final = 60.0
+RIVAL_PATIENCE_S: Final = 3.0
+"""How long the lock of an importer that was killed may stay: until its backend looks for its client."""
 LISTED_IDS: Final = 100
 NAMED_IDS: Final = 5
 
@@ -335,11 +337,17 @@ def _drop(connection: psycopg.Connection[Any], statements: Statements, import_id
 
 
 def _lock(connection: psycopg.Connection[Any], statements: Statements) -> bool:
-    """Take this session's lock on the store's initial import; False if another session has it."""
+    """Take this session's lock on the store's initial import; False if another session keeps it."""
     place = (f"{statements.quoted_schema}.store_meta",)
-    row = execute(connection, statements, LOCK_INITIAL.encode(), place).fetchone()
-    # NULL where there is no store: whatever comes next says so.
-    return row is not None and row[0] is not False
+    deadline = time.monotonic() + RIVAL_PATIENCE_S
+    while True:
+        row = execute(connection, statements, LOCK_INITIAL.encode(), place).fetchone()
+        # NULL where there is no store: whatever comes next says so.
+        if row is None or row[0] is not False:
+            return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
 
 
 def _unlock(connection: psycopg.Connection[Any], statements: Statements) -> None:
