@@ -91,6 +91,14 @@ HEAD: Final = """
     ORDER BY e.transaction_no DESC, e.sequence_no DESC LIMIT 1
 """
 
+# Of every connection that the store makes. Not left to the role's or the database's default: under REPEATABLE READ no
+# reader sees a later commit. Keepalives from the server's side too: a client whose host is gone lets go of its locks
+# within a minute. (Over a Unix socket they mean nothing, and are accepted.)
+SESSION_SETTINGS: Final = """
+    SET default_transaction_isolation = 'read committed';
+    SET tcp_keepalives_idle = 15; SET tcp_keepalives_interval = 10; SET tcp_keepalives_count = 4
+"""
+
 # Answers NULL instead of failing where there is no store; whatever the layout, these two columns stay.
 FOUND_TABLE: Final = "SELECT to_regclass(%s)::oid"
 FOUND_LAYOUT: Final = "SELECT m.layout FROM {schema}.store_meta AS m"

@@ -38,7 +38,7 @@ from .reading import (
     tell_of_stalled,
 )
 from .schema import LAYOUT, StoreMeta, check_layout, check_schema_name, refusal_of, schema_sql
-from .statements import FOUND_TABLE, Statements
+from .statements import FOUND_TABLE, SESSION_SETTINGS, Statements
 
 if TYPE_CHECKING:
     from .reading import Request
@@ -448,8 +448,7 @@ class EventStore:
 
 
 def _configure(connection: Connection) -> None:
-    # Not left to the role's or the database's default: under REPEATABLE READ no reader sees a later commit.
-    connection.execute("SET default_transaction_isolation = 'read committed'")
+    connection.execute(SESSION_SETTINGS)
 
 
 def _one_by_one(pages: Iterator[Sequence[RecordedEvent]]) -> Iterator[RecordedEvent]:
