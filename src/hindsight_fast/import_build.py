@@ -73,7 +73,9 @@ class BesideBuild:
                 self._work(self._connection)
         if self._failure is not None:
             raise self._failure
-        execute(self._connection, self._statements, self._statements.analyze_beside, ())
+        with self._connection.transaction():
+            execute(self._connection, self._statements, self._statements.limit_build, ())
+            execute(self._connection, self._statements, self._statements.analyze_beside, ())
         tell(1.0)
 
     def _needed(self) -> list[_Step]:

@@ -107,7 +107,9 @@ class InitialImport:
         try:
             BesideBuild(self._connection, self._lend, self._statements).run(lambda share: tell("indexes", share))
         except DuplicatedIds:
-            duplicated = self._execute(self._statements.duplicated_ids, LISTED_IDS).fetchall()
+            with self._connection.transaction():
+                self._execute(self._statements.limit_build)
+                duplicated = self._execute(self._statements.duplicated_ids, LISTED_IDS).fetchall()
             _drop(self._connection, self._statements, self._import_id)
             raise self._duplicated(duplicated) from None
         except ROW_ERRORS as error:
@@ -209,7 +211,7 @@ class InitialImport:
 class InitialWriter(ChunkWriter):
     """Stores chunks in the table beside the log: no heads to lock, no number to draw, no index to keep.
 
-    It counts each stream's events itself, in a dict that takes about 190 bytes a stream; on resume that is filled from
+    It counts each stream's events itself, in a dict that takes up to 160 bytes a stream; on resume that is filled from
     the table. *next_number* is the transaction_no of the next chunk, None if the import was finished before; *loaded*
     says that all lines were stored before.
     """

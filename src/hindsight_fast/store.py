@@ -285,7 +285,7 @@ class EventStore:
         there, and one transaction puts them in place. Until then the store refuses appends, and readers find it empty.
         An id that comes twice ends it with ImportFailed, which lists the lines, and leaves the store empty and open.
         Interrupted, it is gone on with by the same call, or given up by ``abandon_import``. It remembers how many
-        events each stream has, at about 190 bytes a stream.
+        events each stream has, at up to 160 bytes a stream.
 
         Raises ImportFailed for a bad line, before anything of its chunk is stored; for a source that differs from
         what was imported under this id before; and for a rival that runs the same import. SchemaError where an initial
