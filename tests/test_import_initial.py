@@ -14,6 +14,8 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from psycopg.rows import dict_row
+from psycopg_pool import ConnectionPool
 
 from hindsight_fast import Cursor, EventStore, ImportFailed, ImportProgress, SchemaError, stream_uuid
 from hindsight_fast import import_initial as initial
@@ -707,6 +709,43 @@ def test_one_connection_is_enough(database: str) -> None:
         store.create_schema()
         assert store.import_events(lines(30), import_id="a", mode="initial").events == 30
         assert len(list(store.read())) == 30
+
+
+def test_an_owner_without_other_rights_can_do_it_whatever_the_timeouts(database: str, connection: Connection) -> None:
+    role = f"owner_{uuid.uuid4().hex}"
+    connection.execute(f"CREATE ROLE {role} LOGIN")
+    connection.execute(f"CREATE SCHEMA owned AUTHORIZATION {role}")
+    connection.execute(f"ALTER ROLE {role} SET statement_timeout = '400ms'")
+    try:
+        with (
+            ConnectionPool(f"{database} user={role}", kwargs={"row_factory": dict_row}, min_size=1, max_size=4) as pool,
+            EventStore(pool=pool, schema="owned") as store,
+        ):
+            store.create_schema()
+            with pytest.raises(ImportFailed):
+                store.import_events([*lines(30), b"bad"], import_id="a", mode="initial", chunk_size=10)
+            with psycopg.connect(database) as holder:
+                holder.execute(
+                    "SELECT pg_advisory_xact_lock(hashtextextended("
+                    "'hindsight_fast: build index ' || 'owned.events_pkey'::regclass::oid, 0))"
+                )
+                running = Background(lambda: store.import_events(lines(30), import_id="a", mode="initial"))
+                wait_until(
+                    lambda: connection.execute(
+                        "SELECT 1 FROM pg_locks AS l JOIN pg_stat_activity AS a USING (pid)"
+                        " WHERE l.locktype = 'advisory' AND NOT l.granted AND now() - a.query_start > '800 ms'"
+                    ).fetchone()
+                )
+            assert running.result().skipped_events == 30
+            assert [event.payload["n"] for event in store.read()] == list(range(30))
+            (owners,) = connection.execute(
+                "SELECT array_agg(DISTINCT relowner::regrole::text) FROM pg_class"
+                " WHERE relnamespace = 'owned'::regnamespace"
+            ).fetchone() or ([],)
+            assert owners == [role]
+    finally:
+        connection.execute("DROP SCHEMA owned CASCADE")
+        connection.execute(f"DROP ROLE {role}")
 
 
 def test_an_index_of_ones_own_that_refuses_an_event_can_be_dropped(store: EventStore, connection: Connection) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 import psycopg
 from psycopg import errors
+from psycopg.rows import tuple_row
 
 from ._core import Cursor, EventRows
 from .errors import ImportFailed, SchemaError
@@ -170,6 +171,7 @@ class InitialImport:
         while True:
             try:
                 with self._connection.transaction():
+                    self._execute(self._statements.limit_build)
                     self._execute(self._statements.switch_initial, self._import_id)
                 return
             except (errors.LockNotAvailable, errors.DeadlockDetected) as error:
@@ -239,14 +241,12 @@ class InitialWriter(ChunkWriter):
 
     def _count_streams(self) -> None:
         # By a cursor of the server's: all of the streams at once would be in memory twice.
-        with (
-            self._connection.transaction(),
-            psycopg.ServerCursor(self._connection, "hindsight_streams") as cursor,
-        ):
-            cursor.itersize = 10_000
-            cursor.execute(self._statements.count_streams, (), binary=True)
-            for stream_id, event_count in cursor:
-                self._event_counts[stream_id.bytes] = event_count
+        with self._connection.transaction():
+            self._execute(self._statements.limit_build, ())
+            with psycopg.ServerCursor(self._connection, "hindsight_streams", row_factory=tuple_row) as cursor:
+                cursor.itersize = 10_000
+                cursor.execute(self._statements.count_streams, (), binary=True)
+                self._event_counts.update(cursor)
 
     def _try_to_store(self, chunk: Chunk, meanwhile: ChunkMaker | None) -> tuple[Cursor | None, int]:
         first, new_streams = None, 0
@@ -328,6 +328,7 @@ def _drop(connection: psycopg.Connection[Any], statements: Statements, import_id
     while True:
         try:
             with connection.transaction():
+                execute(connection, statements, statements.limit_build, ())
                 execute(connection, statements, LIMIT_DROP_WAIT.encode(), ())
                 execute(connection, statements, statements.drop_initial, (import_id,))
             return

@@ -133,15 +133,21 @@ LANGUAGE sql STABLE AS $body$
 $body$;
 
 
--- For long statements of this transaction, but not for the one that calls this: they end when their client is gone, where
--- the server's system can tell; and they do not wait for a lock for ever.
+-- For long statements of this transaction, but not for the one that calls this: no timeout of the role's ends them; they
+-- end when their client is gone, where the server's system can tell; and they do not wait for a lock for ever.
 CREATE OR REPLACE FUNCTION hindsight.limit_build_v1() RETURNS void
 LANGUAGE plpgsql VOLATILE AS $body$
 BEGIN
     PERFORM set_config('lock_timeout', '60s', true);
-    PERFORM set_config('client_connection_check_interval', '1s', true);
-EXCEPTION WHEN invalid_parameter_value THEN
-    PERFORM set_config('lock_timeout', '60s', true);
+    PERFORM set_config('statement_timeout', '0', true);
+    IF current_setting('transaction_timeout', true) IS NOT NULL THEN -- PostgreSQL 17
+        PERFORM set_config('transaction_timeout', '0', true);
+    END IF;
+    BEGIN
+        PERFORM set_config('client_connection_check_interval', '1s', true);
+    EXCEPTION WHEN invalid_parameter_value THEN
+        NULL;
+    END;
 END
 $body$;
 

@@ -420,7 +420,8 @@ $body$;
 
 -- Move the sequence past every number that was ever used, if this server is not the one that drew the last ones, or the
 -- sequence lags behind the events (a restore without it). Forward only, and the only thing that moves it but the switch
--- of an initial import, which takes the same lock: two unlocked repairs at once put it back, and an event was lost. Returns the last number, or NULL where nothing had to be done.
+-- of an initial import, which takes the same lock: two unlocked repairs at once put it back, and an event was lost.
+-- Returns the last number, or NULL where nothing had to be done.
 CREATE OR REPLACE FUNCTION hindsight.advance_sequence_v1() RETURNS bigint
 LANGUAGE plpgsql VOLATILE AS $body$
 DECLARE

@@ -202,7 +202,7 @@ MOVE_INITIAL: Final = """
 
 COPY_BESIDE: Final = "COPY {schema}.events_import ({columns}) FROM STDIN (FORMAT BINARY)"
 NOTE_LINES: Final = "INSERT INTO {schema}.events_import_lines VALUES (%s::bigint, %s::integer[], %s::bigint[])"
-COUNT_STREAMS: Final = "SELECT e.stream_id, count(*) FROM {schema}.events_import AS e GROUP BY e.stream_id"
+COUNT_STREAMS: Final = "SELECT uuid_send(e.stream_id), count(*) FROM {schema}.events_import AS e GROUP BY e.stream_id"
 
 IMPORT_FINISHED: Final = "SELECT bool_and(i.finished) FROM {schema}.imports AS i WHERE i.import_id = %s"
 

@@ -324,6 +324,7 @@ class EventStore:
         stored stays, and needs no abandoning.
         """
         with self._connection() as connection:
+            self._prepare_to_write(connection)
             abandon_initial(connection, self._statements, check_import_id(import_id))
 
     # How the store asks
