@@ -759,6 +759,30 @@ def test_an_index_of_ones_own_that_refuses_an_event_can_be_dropped(store: EventS
     assert len(list(store.read())) == 4
 
 
+def test_an_interrupt_ends_what_is_being_built(store: EventStore, database: str, connection: Connection) -> None:
+    told = 0
+
+    def interrupt(progress: ImportProgress) -> None:
+        nonlocal told
+        told += progress.phase == "indexes"
+        if told == 3:
+            raise KeyboardInterrupt
+
+    with psycopg.connect(database) as holder:
+        holder.execute(
+            "SELECT pg_advisory_xact_lock(hashtextextended("
+            "'hindsight_fast: build index ' || 'hindsight.events_pkey'::regclass::oid, 0))"
+        )
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            store.import_events(lines(30), import_id="a", mode="initial", progress=interrupt)
+        assert time.monotonic() - began < 20
+        assert not [thread for thread in threading.enumerate() if thread.name == "hindsight-import-build"]
+        assert connection.execute("SELECT 1 FROM pg_locks WHERE NOT granted").fetchone() is None
+    assert store.import_events(lines(30), import_id="a", mode="initial").skipped_events == 30
+    assert len(list(store.read())) == 30
+
+
 def test_progress_tells_each_phase(store: EventStore) -> None:
     told: list[ImportProgress] = []
     store.import_events(lines(50), import_id="a", mode="initial", chunk_size=20, progress=told.append)
