@@ -1,4 +1,4 @@
-"""mode="initial": an empty store filled beside its tables, and what everybody else sees of it."""
+"""mode="initial": what is stored, what is refused, going on and giving up."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from datetime import datetime
 from typing import Any
 
 import psycopg
@@ -17,14 +18,21 @@ from hypothesis import strategies as st
 from psycopg.rows import dict_row
 from psycopg_pool import ConnectionPool
 
-from hindsight_fast import Cursor, EventStore, ImportFailed, ImportProgress, SchemaError, stream_uuid
+from hindsight_fast import EventStore, ImportFailed, ImportProgress, SchemaError, stream_uuid
 from hindsight_fast import import_initial as initial
 from hindsight_fast.cli import commands
-from hindsight_fast.statements import Statements
-
-DEADLINE_S = 30.0
-
-Connection = psycopg.Connection[tuple[Any, ...]]
+from initial_imports import (
+    Background,
+    Connection,
+    Paused,
+    catalog,
+    line,
+    lines,
+    state_of,
+    stop_at,
+    tables_of,
+    wait_until,
+)
 
 
 @pytest.fixture
@@ -32,75 +40,6 @@ def store(database: str) -> Iterator[EventStore]:
     with EventStore(database) as store:
         store.create_schema()
         yield store
-
-
-def line(n: int, stream: str = "s", **fields: Any) -> bytes:
-    return json.dumps({"stream": stream, "type": "t", "data": {"n": n}, **fields}).encode()
-
-
-def lines(count: int, streams: int = 7) -> list[bytes]:
-    return [line(n, f"s{n % streams}") for n in range(count)]
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about in time"
-        time.sleep(0.01)
-
-
-def state_of(connection: Connection, schema: str = "hindsight") -> str:
-    row = connection.execute(f"SELECT state FROM {schema}.store_meta").fetchone()
-    assert row is not None
-    return str(row[0])
-
-
-def tables_of(connection: Connection, schema: str = "hindsight") -> set[str]:
-    rows = connection.execute("SELECT relname FROM pg_class WHERE relnamespace = %s::regnamespace", (schema,))
-    return {str(name) for (name,) in rows}
-
-
-class Paused:
-    """A source whose lines come when they are let through: ``Paused(first, then)`` stops between the two."""
-
-    def __init__(self, first: list[bytes], then: list[bytes]) -> None:
-        self._first, self._then = first, then
-        self.gate = threading.Event()
-
-    def __iter__(self) -> Iterator[bytes]:
-        yield from self._first
-        # Full blocks only leave the source's reader.
-        yield b" " * 70_000
-        assert self.gate.wait(DEADLINE_S)
-        yield from self._then
-
-
-class Background:
-    """An import in a thread of its own; ``result()`` gives its report or raises what it raised."""
-
-    def __init__(self, run: Callable[[], Any]) -> None:
-        self._run = run
-        self._result: Any = None
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._work)
-        self._thread.start()
-
-    def _work(self) -> None:
-        try:
-            self._result = self._run()
-        except BaseException as error:  # noqa: BLE001 - raised in the test's own thread
-            self._error = error
-
-    @property
-    def running(self) -> bool:
-        return self._thread.is_alive()
-
-    def result(self) -> Any:
-        self._thread.join(DEADLINE_S)
-        assert not self._thread.is_alive()
-        if self._error is not None:
-            raise self._error
-        return self._result
 
 
 # What is stored
@@ -130,7 +69,7 @@ events = st.fixed_dictionaries(
     {"stream": names, "type": st.sampled_from(["x", "y"]), "data": documents},
     optional={
         "version": st.integers(0, 3),
-        "time": st.datetimes(max_value=__import__("datetime").datetime(2019, 1, 1)).map(
+        "time": st.datetimes(max_value=datetime(2019, 1, 1)).map(
             lambda moment: moment.replace(year=max(moment.year, 1000)).isoformat() + "Z"
         ),
         "correlation_id": st.integers(0, 3).map(lambda n: str(uuid.UUID(int=n))),
@@ -182,41 +121,6 @@ def test_the_result_is_that_of_appending(
     assert found["initial", "heads"] == found["append", "heads"]
 
 
-CATALOG = """
-    SELECT 'column', t.relname::text, a.attname::text, jsonb_build_array(
-        a.attnum, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attstorage, a.attcompression,
-        a.attcollation::regcollation, pg_get_expr(d.adbin, d.adrelid), a.attacl, col_description(a.attrelid, a.attnum))
-    FROM pg_attribute AS a JOIN pg_class AS t ON t.oid = a.attrelid
-    LEFT JOIN pg_attrdef AS d ON d.adrelid = t.oid AND d.adnum = a.attnum
-    WHERE a.attnum > 0 AND t.relnamespace = 'hindsight'::regnamespace
-    UNION ALL
-    SELECT 'relation', c.relname, c.relkind::text, jsonb_build_array(
-        c.reloptions, c.relhasindex, c.relpersistence, c.relowner::regrole,
-        coalesce(c.relacl, acldefault('r', c.relowner))::text, obj_description(c.oid),
-        c.relreplident, c.relam, c.reltablespace)
-    FROM pg_class AS c WHERE c.relnamespace = 'hindsight'::regnamespace
-    UNION ALL
-    SELECT 'constraint', k.conrelid::regclass::text, k.conname, jsonb_build_array(
-        pg_get_constraintdef(k.oid), k.convalidated, k.contype, k.conindid::regclass, k.conislocal, k.coninhcount)
-    FROM pg_constraint AS k WHERE k.connamespace = 'hindsight'::regnamespace
-    UNION ALL
-    SELECT 'index', x.indrelid::regclass::text, c.relname, jsonb_build_array(
-        pg_get_indexdef(x.indexrelid), x.indisvalid, x.indisready, x.indisprimary, x.indisunique, x.indisclustered)
-    FROM pg_index AS x JOIN pg_class AS c ON c.oid = x.indexrelid WHERE c.relnamespace = 'hindsight'::regnamespace
-    UNION ALL
-    SELECT 'toast', c.relname, '', to_jsonb(t.reloptions)
-    FROM pg_class AS c JOIN pg_class AS t ON t.oid = c.reltoastrelid WHERE c.relnamespace = 'hindsight'::regnamespace
-    UNION ALL
-    SELECT 'type', t.typname, '', to_jsonb(t.typtype)
-    FROM pg_type AS t WHERE t.typnamespace = 'hindsight'::regnamespace
-    ORDER BY 1, 2, 3
-"""
-
-
-def catalog(connection: Connection) -> list[tuple[Any, ...]]:
-    return connection.execute(CATALOG).fetchall()
-
-
 @pytest.mark.essential
 def test_the_schema_is_afterwards_what_it_was(store: EventStore, connection: Connection) -> None:
     before = catalog(connection)
@@ -253,231 +157,6 @@ def test_what_was_altered_stays_altered(store: EventStore, connection: Connectio
     finally:
         connection.execute(f"DROP OWNED BY {role}")
         connection.execute(f"DROP ROLE {role}")
-
-
-def stop_at(store: EventStore, phase: str) -> None:
-    """Import thirty events as far as a phase, and stop there."""
-
-    def stop(progress: ImportProgress) -> None:
-        if progress.phase == phase:
-            raise InterruptedError
-
-    with pytest.raises(InterruptedError):
-        store.import_events(lines(30), import_id="a", mode="initial", chunk_size=10, progress=stop)
-
-
-# What the others see meanwhile
-
-
-def read_all(store: EventStore, after: Cursor) -> list[Any]:
-    return list(store.read(after=after))
-
-
-def following(store: EventStore, stop: threading.Event, seen: list[Any]) -> None:
-    """Read on from the last event seen, again and again, to one last time after *stop*."""
-    position = Cursor.BEGINNING
-    while True:
-        last_time = stop.is_set()
-        for event in store.read(after=position):
-            assert event.cursor > position
-            position = event.cursor
-            seen.append(event)
-        if last_time:
-            return
-
-
-@pytest.mark.essential
-def test_readers_who_poll_all_the_way_see_all_events_once_in_order(store: EventStore, database: str) -> None:
-    stop = threading.Event()
-    seen: list[list[Any]] = [[] for _ in range(3)]
-    readers = [Background(lambda each=each: following(store, stop, each)) for each in seen]
-    with psycopg.connect(database, autocommit=True, prepare_threshold=0) as other:
-        # A statement that was prepared for the empty table must not answer from it afterwards.
-        counts = [other.execute("SELECT count(*) FROM hindsight.events").fetchone()]
-        store.import_events(lines(3_000), import_id="a", mode="initial", chunk_size=100)
-        counts.append(other.execute("SELECT count(*) FROM hindsight.events").fetchone())
-    assert counts == [(0,), (3_000,)]
-    store.import_events(lines(20), import_id="b", chunk_size=5)
-    stop.set()
-    for reader in readers:
-        reader.result()
-    for each in seen:
-        assert [event.payload["n"] for event in each] == [*range(3_000), *range(20)]
-
-
-class TrustsTheBarrier:
-    """A reader that goes from bound to bound: what lies below one is visible, or never will be."""
-
-    def __init__(self, database: str) -> None:
-        self._connection = psycopg.connect(database, autocommit=True)
-        self._statements = Statements("hindsight")
-        self._passed = 0
-        self.seen: list[int] = []
-
-    def read(self) -> None:
-        bound, *_ = self._connection.execute(self._statements.read_barrier).fetchone() or (0,)
-        rows = self._connection.execute(
-            "SELECT payload ->> 'n' FROM hindsight.events WHERE transaction_no >= %s AND transaction_no < %s"
-            " ORDER BY transaction_no, sequence_no",
-            (self._passed, bound),
-        )
-        self.seen += [int(n) for (n,) in rows]
-        self._passed = bound
-
-    def close(self) -> None:
-        self._connection.close()
-
-
-def load_and_hold_the_switch(store: EventStore, database: str, connection: Connection) -> tuple[Background, Connection]:
-    """Start an import that gets as far as its switch, and waits there for a reader of the empty table."""
-    holder = psycopg.connect(database)
-    holder.execute("SELECT count(*) FROM hindsight.events")
-    running = Background(lambda: store.import_events(lines(50), import_id="a", mode="initial", chunk_size=20))
-    wait_until(
-        lambda: connection.execute(
-            "SELECT 1 FROM pg_locks WHERE relation = 'hindsight.events'::regclass AND NOT granted"
-        ).fetchone()
-    )
-    return running, holder
-
-
-def test_what_lies_below_a_readers_bound_never_appears_later(
-    store: EventStore, database: str, connection: Connection
-) -> None:
-    reader = TrustsTheBarrier(database)
-    reader.read()
-    running, holder = load_and_hold_the_switch(store, database, connection)
-    reader.read()
-    holder.close()
-    assert running.result().events == 50
-    reader.read()
-    assert reader.seen == list(range(50))
-    reader.close()
-
-
-def test_numbers_that_readers_have_passed_would_lose_events(
-    store: EventStore, database: str, connection: Connection
-) -> None:
-    """The control of the test above: drawn by nextval as they were loaded, these numbers lie below a reader's bound."""
-    reader = TrustsTheBarrier(database)
-    running, holder = load_and_hold_the_switch(store, database, connection)
-    connection.execute("UPDATE hindsight.events_import SET transaction_no = nextval('hindsight.transaction_no')")
-    reader.read()
-    holder.close()
-    running.result()
-    reader.read()
-    assert reader.seen != list(range(50))
-    reader.close()
-
-
-def test_a_switch_that_is_undone_has_moved_nothing(store: EventStore, database: str, connection: Connection) -> None:
-    """setval would stay: readers would pass the numbers, and the next try would bring events below their bounds."""
-    stop_at(store, "switch")
-    reader = TrustsTheBarrier(database)
-    with psycopg.connect(database) as other:
-        other.execute("SELECT hindsight.switch_initial_v1('a')")
-        other.rollback()
-    reader.read()
-    assert store.import_events(lines(30), import_id="a", mode="initial").skipped_events == 30
-    reader.read()
-    assert reader.seen == list(range(30))
-    reader.close()
-
-
-def test_numbers_that_were_overtaken_meanwhile_are_not_used(store: EventStore, connection: Connection) -> None:
-    """A standby that is promoted, or a dump that is restored, moves the sequence as far as these numbers."""
-    stop_at(store, "switch")
-    connection.execute("UPDATE hindsight.store_meta SET timeline = timeline + 1")
-    with EventStore(store.conninfo) as elsewhere:
-        with pytest.raises(SchemaError, match="moved to another server"):
-            elsewhere.import_events(lines(30), import_id="a", mode="initial")
-        elsewhere.abandon_import("a")
-        assert elsewhere.import_events(lines(30), import_id="a", mode="initial").events == 30
-        assert len(list(elsewhere.read())) == 30
-
-
-@pytest.mark.essential
-def test_a_snapshot_from_between_two_chunks_never_shows_half_of_the_events(
-    store: EventStore, database: str, connection: Connection
-) -> None:
-    source = Paused(lines(40), lines(40))
-    running = Background(lambda: store.import_events(source, import_id="a", mode="initial", chunk_size=10))
-    wait_until(
-        lambda: (
-            "events_import" in tables_of(connection)
-            and connection.execute("SELECT 1 FROM hindsight.events_import").fetchone() is not None
-        )
-    )
-    with psycopg.connect(database) as reader:
-        reader.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-        reader.execute("SELECT 1")  # takes the snapshot, and touches no table of the store
-        source.gate.set()
-        wait_until(
-            lambda: (
-                len(tables_of(connection) & {"stream_heads_import"}) == 1
-                and connection.execute(
-                    "SELECT 1 FROM hindsight.initial_indexes_v1() AS i WHERE i.beside IS NULL"
-                ).fetchone()
-                is None
-            )
-        )
-        # Long enough for a switch that does not wait: it takes milliseconds.
-        deadline = time.monotonic() + 1.0
-        while time.monotonic() < deadline and running.running:
-            time.sleep(0.01)
-        assert reader.execute("SELECT count(*) FROM hindsight.events").fetchone() == (0,)
-    assert running.result().events == 80
-    assert len(list(store.read())) == 80
-
-
-@pytest.mark.essential
-def test_would_be_writers_are_refused_by_name_until_the_switch(store: EventStore, connection: Connection) -> None:
-    source = Paused(lines(20), lines(20))
-    running = Background(lambda: store.import_events(source, import_id="it's mine", mode="initial", chunk_size=10))
-    wait_until(lambda: state_of(connection) != "open")
-    refusals = []
-    for mode in ("append", "initial"):
-        with pytest.raises((SchemaError, ImportFailed)) as caught:
-            store.import_events(lines(3), import_id="other", mode=mode)  # type: ignore[arg-type]
-        refusals.append(str(caught.value))
-    assert "initial import 'it''s mine' is not finished" in refusals[0]
-    assert "--abandon 'it''s mine'" in refusals[0]
-    assert "another process runs an initial import" in refusals[1]
-    assert list(store.read()) == []
-    source.gate.set()
-    assert running.result().events == 40
-    assert store.import_events(lines(3), import_id="other").events == 3
-
-
-def test_a_writer_from_before_the_import_has_to_open_the_store_again(store: EventStore, connection: Connection) -> None:
-    def refusal(generation: int) -> str:
-        with pytest.raises(psycopg.Error) as caught:
-            connection.execute("SELECT hindsight.check_writable_v1(1, %s)", (generation,))
-        return str(caught.value)
-
-    def generation() -> int:
-        (found,) = connection.execute("SELECT generation FROM hindsight.store_meta").fetchone() or (None,)
-        return int(str(found))
-
-    before = generation()
-    store.import_events(lines(3), import_id="a", mode="initial")
-    assert "Open the store again" in refusal(before)
-    connection.execute("SELECT hindsight.check_writable_v1(1, %s)", (generation(),))
-
-
-def test_an_append_under_way_is_waited_for_and_then_the_store_is_not_empty(store: EventStore, database: str) -> None:
-    with psycopg.connect(database) as writer:
-        writer.execute("SELECT hindsight.advance_heads_v1(ARRAY[gen_random_uuid()], ARRAY[1::bigint])")
-        running = Background(lambda: store.import_events(lines(3), import_id="a", mode="initial"))
-        with psycopg.connect(database, autocommit=True) as connection:
-            wait_until(
-                lambda: connection.execute(
-                    "SELECT 1 FROM pg_locks WHERE relation = 'hindsight.append_gate'::regclass AND NOT granted"
-                ).fetchone()
-            )
-            assert state_of(connection) == "open"
-    with pytest.raises(SchemaError, match="empty store"):
-        running.result()
 
 
 # What is refused
