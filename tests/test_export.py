@@ -252,7 +252,7 @@ def test_half_a_surrogate_pair_goes_out_and_is_named_on_the_way_in(store: EventS
     append_by_sql(store, [[PLAIN, Stored(**{**vars(ODD), "payload": '{"a":"\\ud800"}'})]])
     text = exported(store)
     assert b'"data":{"a":"\\ud800"}' in text
-    with pytest.raises(ImportFailed, match="surrogate|hex escape") as caught:
+    with pytest.raises(ImportFailed, match=r"surrogate|hex escape") as caught:
         copy.import_events(io.BytesIO(text), import_id="a")
     assert caught.value.line_no == 2
 

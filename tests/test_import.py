@@ -340,7 +340,7 @@ def test_an_error_quotes_no_payload(store: EventStore, constraint: str) -> None:
         ({"import_id": 7}, TypeError),
         ({"import_id": "a", "chunk_size": 0}, ValueError),
         ({"import_id": "a", "chunk_size": True}, TypeError),
-        ({"import_id": "a", "mode": "initial"}, ValueError),
+        ({"import_id": "a", "mode": "other"}, ValueError),
         ({"import_id": "a", "jobs": 0}, ValueError),
         ({"import_id": "a", "jobs": 11}, ValueError),  # more than the pool has connections
         ({"import_id": "a", "jobs": True}, TypeError),

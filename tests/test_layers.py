@@ -20,7 +20,8 @@ LAYERS = [
     {"reading", "read_ahead", "import_chunks", "server_guard"},
     {"import_rejects"},
     {"import_writer", "embedded"},
-    {"import_jobs", "import_dry_run"},
+    {"import_jobs", "import_dry_run", "import_build"},
+    {"import_initial"},
     {"importer", "exporter"},
     {"store"},
     {"status"},
@@ -30,6 +31,7 @@ LAYERS = [
 ]
 # The only modules that may talk to a server or start one.
 SHELLS = {"store", "read_ahead", "import_writer", "import_dry_run", "import_jobs", "importer", "installations"}
+SHELLS |= {"import_build", "import_initial"}
 SHELLS |= {"accounts", "server_guard", "embedded", "status", "demo", "cli"}
 IO_MODULES = {"psycopg_pool", "subprocess", "socket", "select"}
 

@@ -268,10 +268,18 @@ def init(source: DataSource, only_print: bool) -> None:
 
 
 @commands.command(name="import")
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, readable=True, allow_dash=True))
+@click.argument("file", required=False, type=click.Path(exists=True, dir_okay=False, readable=True, allow_dash=True))
 @click.option(
     "--import-id", metavar="ID", callback=_checked(check_import_id),
     help="Under which name its progress is kept.  [default: the file's base name; required for -]",
+)  # fmt: skip
+@click.option(
+    "--mode", type=click.Choice(["append", "initial"]), default="append",
+    help="initial: fill an empty store faster; it takes no appends meanwhile.  [default: append]",
+)  # fmt: skip
+@click.option(
+    "--abandon", metavar="ID", callback=_checked(check_import_id),
+    help="Instead of importing: give up an initial import that is not finished, and open the store.",
 )  # fmt: skip
 @click.option(
     "--chunk-size", type=click.IntRange(min=1), metavar="N", help="Events a commit.  [default: 250 ms' worth]"
@@ -289,11 +297,24 @@ def init(source: DataSource, only_print: bool) -> None:
 @click.option("--dry-run", is_flag=True, help="Check everything, store nothing, and project the time.")
 @click.option("--json", "as_json", is_flag=True, help="The report as one JSON object.")
 @common_options
-def import_(source: DataSource, file: str, import_id: str | None, as_json: bool, **options: Any) -> None:
+def import_(
+    source: DataSource, file: str | None, import_id: str | None, abandon: str | None, as_json: bool, **options: Any
+) -> None:
     """Append the events of FILE (NDJSON, .gz too; - for standard input) in their order.
 
     Killed or interrupted, the same command goes on where it stopped; what is stored already is skipped.
     """
+    if abandon is not None:
+        if file is not None:
+            raise click.UsageError("--abandon ID takes no FILE")
+        with source.open_store("write") as store:
+            store.abandon_import(abandon)
+        _say(f"The import {abandon!r} is given up; the store is empty, and open.")
+        return
+    if file is None:
+        raise click.UsageError("Missing argument 'FILE'.")
+    if options["mode"] == "initial" and (options["jobs"] != 1 or options["dry_run"]):
+        raise click.UsageError("--mode initial goes with one job, and not with --dry-run")
     if options["max_errors"] is not None and options["on_error"] == "stop":
         raise click.UsageError("--max-errors goes with --on-error PATH")
     if import_id is None:
@@ -310,7 +331,7 @@ def import_(source: DataSource, file: str, import_id: str | None, as_json: bool,
             raise SchemaError(
                 f"{error}. Create the schema first: hindsight init{source.options()}", schema=error.schema
             ) from error
-        report = _run_import(store, file, import_id, before, options)
+        report = _run_import(store, file, import_id, before, options, source.options())
     if as_json:
         _print_json(_import_dict(report))
     else:
@@ -318,7 +339,12 @@ def import_(source: DataSource, file: str, import_id: str | None, as_json: bool,
 
 
 def _run_import(
-    store: EventStore, file: str, import_id: str, before: ImportStatus | None, options: dict[str, Any]
+    store: EventStore,
+    file: str,
+    import_id: str,
+    before: ImportStatus | None,
+    options: dict[str, Any],
+    options_text: str,
 ) -> ImportReport:
     stored = before.events if before is not None else 0
     if before is not None:
@@ -328,13 +354,27 @@ def _run_import(
     def show(done: ImportProgress) -> None:
         nonlocal stored
         stored = done.events
+        if done.phase != "lines":
+            progress.show_share("building indexes" if done.phase == "indexes" else "switching", done.phase_share)
+            return
         progress.show(done.events, done.source_bytes_read, done.source_size)
 
     try:
         with progress:
             return store.import_events(file, import_id=import_id, progress=show, **options)
+    except ImportFailed:
+        with suppress(HindsightError, psycopg.Error):
+            if options["mode"] == "initial" and (state := read_status(store).state) != "open":
+                _say(f"The store accepts no appends: {state}")
+        raise
     except KeyboardInterrupt:
         same_input = ", with the same input," if file == "-" else ""
+        if options["mode"] == "initial":
+            _interrupted(
+                f"At least {stored:,} events of import {import_id!r} are loaded, and the store takes no appends until"
+                f" all are. The same command{same_input} goes on behind them; this gives the import up:"
+                f" hindsight import{options_text} --abandon {shlex.quote(import_id)}"
+            )
         _interrupted(
             f"At least {stored:,} events of import {import_id!r} are stored, and stay so."
             f" The same command{same_input} goes on behind them."

@@ -114,8 +114,8 @@ def find_checkpoints(
     """
     with connection.transaction():
         if begin:
-            _execute(connection, statements, statements.start_import, (import_id, jobs, jobs))
-        rows = _execute(connection, statements, statements.find_import, (import_id,)).fetchall()
+            execute(connection, statements, statements.start_import, (import_id, jobs, jobs))
+        rows = execute(connection, statements, statements.find_import, (import_id,)).fetchall()
         if rows and rows[0][4] != jobs:
             # Raised in here, so that nothing is left of what was begun just now.
             raise ImportFailed(
@@ -337,7 +337,7 @@ class ChunkWriter:
                 ) from None
 
     def _execute(self, statement: bytes, parameters: tuple[Any, ...]) -> psycopg.Cursor[tuple[Any, ...]]:
-        return _execute(self._connection, self._statements, statement, parameters)
+        return execute(self._connection, self._statements, statement, parameters)
 
     def _failed(self, reason: str, chunk: Chunk, row: int | None = None) -> ImportFailed:
         return ImportFailed(
@@ -350,9 +350,10 @@ class ChunkWriter:
         )
 
 
-def _execute(
+def execute(
     connection: psycopg.Connection[Any], statements: Statements, statement: bytes, parameters: tuple[Any, ...]
 ) -> psycopg.Cursor[tuple[Any, ...]]:
+    """Run a statement in binary format. Raises SchemaError where the store refuses it."""
     cursor: psycopg.Cursor[tuple[Any, ...]] = psycopg.Cursor(connection, row_factory=tuple_row)
     cursor.adapters.register_dumper(UuidArray, _UuidArrayDumper)
     cursor.adapters.register_dumper(BigintArray, _BigintArrayDumper)

@@ -15,6 +15,7 @@ from ._core import Cursor
 from .errors import ImportFailed
 from .import_chunks import Checkpoint, Chunk, ChunkMaker
 from .import_dry_run import DryRun
+from .import_initial import InitialImport, Phase
 from .import_jobs import Jobs
 from .import_rejects import RejectFile
 from .import_source import ImportSource, LineSource
@@ -33,7 +34,11 @@ MOST_JOBS: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class ImportProgress:
-    """How far a running import has come: what is stored, and how much of the source has been read."""
+    """How far a running import has come: what is stored, and how much of the source has been read.
+
+    An initial import goes on when all lines are stored: its ``phase`` is "indexes", of which ``phase_share`` (0 to 1)
+    is built, and then "switch".
+    """
 
     events: int
     lines: int
@@ -41,6 +46,8 @@ class ImportProgress:
     source_bytes_read: int
     source_size: int | None
     bad_lines: int = 0
+    phase: Phase = "lines"
+    phase_share: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +80,7 @@ class ImportOptions:
     """What ``import_events`` was asked for, checked."""
 
     import_id: str
+    initial: bool = False
     jobs: int = 1
     chunk_size: int | None = None
     reject_path: str | os.PathLike[str] | None = None
@@ -132,19 +140,22 @@ def check_import_id(import_id: str) -> str:
 
 
 def run_import(
-    lend: Callable[[], AbstractContextManager[psycopg.Connection[Any]]],
+    lend: Callable[..., AbstractContextManager[psycopg.Connection[Any]]],
     statements: Statements,
     source: ImportSource,
     options: ImportOptions,
     generation: int,
 ) -> ImportReport:
-    """Import *source* to its end; see ``EventStore.import_events``. ``lend()`` gives a connection for each job."""
+    """Import *source* to its end; see ``EventStore.import_events``. ``lend(timeout)`` gives connections."""
     with ExitStack() as stack:
         lines = stack.enter_context(LineSource(source))
         connections = [stack.enter_context(lend()) for _ in range(1 if options.dry_run else options.jobs)]
         rejects = None
         if options.reject_path is not None:
             rejects = stack.enter_context(RejectFile(options.reject_path, options.import_id, options.max_errors))
+        if options.initial:
+            initial = InitialImport(connections[0], lend, statements, options.import_id, lines.name)
+            stack.enter_context(initial)
         maker = ChunkMaker(
             lines, options.import_id, options.most_events, shard_count=options.jobs, collect=rejects is not None
         )
@@ -161,6 +172,10 @@ def run_import(
             run.store_all(lambda chunk: [dry_run.store(chunk, maker)])
             run.take([dry_run.finish()])
             projected_seconds = dry_run.projected_seconds
+        elif options.initial:
+            beside = initial.writer(*how[-2:])
+            run.store_all(lambda chunk: [beside.store(chunk, maker)])
+            initial.complete(run.tell)
         elif options.jobs == 1:
             writer = ChunkWriter(connections[0], *how)
             run.store_all(lambda chunk: [writer.store(chunk, maker)])
@@ -219,9 +234,10 @@ class _Run:
             if self._options.chunk_size is None and each.events:
                 following = next_chunk_events(each.events, each.seconds)
                 self._maker.most_events = min(following, self._options.most_events_ever)
-            self._report()
+            self.tell()
 
-    def _report(self) -> None:
+    def tell(self, phase: Phase = "lines", share: float | None = None) -> None:
+        """Call ``progress=`` with how far all has come."""
         if self._options.progress is not None:
             self._options.progress(
                 ImportProgress(
@@ -231,6 +247,8 @@ class _Run:
                     self._lines.bytes_read,
                     self._lines.size,
                     self.tally.rejected,
+                    phase,
+                    share,
                 )
             )
 
