@@ -151,6 +151,7 @@ class ChunkWriter:
         self._source_name = source_name
         self._generation = generation
         self._rejects = rejects
+        self._hurried = False
         self._look_up_ids = False  # on from the first known id to the first chunk without one
         self._socket = select.poll()
         self._socket.register(connection.fileno(), select.POLLOUT)
@@ -185,9 +186,15 @@ class ChunkWriter:
                 self._look_up_ids = True
                 continue
             row, reason = self._refused_row(refusal, chunk), _reason_of(refusal)
-            if constraint in OWN_CONSTRAINTS:
-                raise self._failed(reason, chunk, row)  # no fault of the line's
+            if row is None and time.monotonic() - began < LOCK_PATIENCE_S and not self._hurried:
+                continue  # all rows are taken now
+            if row is None or constraint in OWN_CONSTRAINTS:
+                raise self._failed(reason, chunk, row)  # no fault of a line's
             self._refuse(chunk, row, reason)
+
+    def hurry(self) -> None:
+        """Let the chunk that is being stored wait for no more locks; from another thread."""
+        self._hurried = True
 
     def _while_locked(self, chunk: Chunk, attempt: Callable[[], T]) -> T:
         """Return what *attempt* does, tried again while others hold a stream of ours or wait in another order."""
@@ -196,9 +203,10 @@ class ChunkWriter:
             try:
                 return attempt()
             except (errors.DeadlockDetected, errors.LockNotAvailable) as error:
-                if time.monotonic() - began > LOCK_PATIENCE_S:
+                waited_s = time.monotonic() - began
+                if waited_s > LOCK_PATIENCE_S or self._hurried:
                     what = error.diag.message_primary or str(error)
-                    reason = f"streams of the chunk stayed locked for {LOCK_PATIENCE_S:.0f} s: {what}"
+                    reason = f"streams of the chunk stayed locked for {waited_s:.0f} s: {what}"
                     raise self._failed(reason, chunk) from error
                 time.sleep(random.uniform(0.005, 0.05))
 
@@ -276,7 +284,10 @@ class ChunkWriter:
                 if first == row:
                     kept.append(row)
                     continue
-                known, dated = decode_row(rows.row(first)), dated and rows.is_dated(first)
+                known = decode_row(rows.row(first))
+                if dated and not rows.is_dated(first):
+                    # That one gets the server's time. The same as if it stood in the chunk before, and were stored.
+                    raise _Refused(row, f"the id {known.event_id} is known, with another time")
             if difference := _difference(decode_row(rows.row(row)), known, dated):
                 raise _Refused(row, f"the id {known.event_id} is known, with another {difference}")
         self._look_up_ids = len(kept) < len(rows)
@@ -284,8 +295,8 @@ class ChunkWriter:
             chunk.known += len(rows) - len(kept)
             chunk.keep(kept)
 
-    def _refused_row(self, error: psycopg.Error, chunk: Chunk) -> int:
-        """Which row the server does not take."""
+    def _refused_row(self, error: psycopg.Error, chunk: Chunk) -> int | None:
+        """Which row the server does not take; None if it is none of them, or not any more."""
         # "COPY events, line 17": the number of the row; the words may be translated. What follows it can quote the
         # payload and goes nowhere.
         for line in reversed((error.diag.context or "").split("\n")):
@@ -295,25 +306,28 @@ class ChunkWriter:
                 if 1 <= number <= len(chunk.rows):
                     return number - 1
         # Refused without a place, by a deferred constraint for one: halve what is tried until a single row is left.
-        accepted, refused = 0, len(chunk.rows)
+        accepted, refused, middle = 0, len(chunk.rows) + 1, len(chunk.rows)
         while refused - accepted > 1:
-            middle = (accepted + refused) // 2
             rows = chunk.rows.select(range(middle))
-            if self._while_locked(chunk, lambda rows=rows: self._would_take(rows)):  # type: ignore[misc]
+            taken = self._while_locked(chunk, lambda rows=rows: self._would_take(rows))  # type: ignore[misc]
+            if taken is None:
+                return None
+            if taken:
                 accepted = middle
             else:
                 refused = middle
-        return refused - 1
+            middle = (accepted + refused) // 2
+        return refused - 1 if refused <= len(chunk.rows) else None
 
-    def _would_take(self, rows: EventRows) -> bool:
-        """Whether the server takes *rows*; they are not stored."""
+    def _would_take(self, rows: EventRows) -> bool | None:
+        """Whether the server takes *rows*; they are not stored. None if a rival has just brought one of their ids."""
         try:
             with self._connection.transaction(force_rollback=True):
                 self._limit()
                 self._copy(rows, None)
                 self._execute(CHECK_DEFERRED.encode(), ())
-        except ROW_ERRORS:
-            return False
+        except ROW_ERRORS as error:
+            return None if error.diag.constraint_name == IDS_CONSTRAINT else False
         return True
 
     def _refuse(self, chunk: Chunk, row: int, reason: str) -> None:
