@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Final
 
@@ -54,8 +54,8 @@ class Chunk:
     """Encoded events of one shard, and what lies between two of its checkpoints.
 
     ``line_nos`` and ``offsets`` tell of each row where its line stood; ``lines``, the lines themselves, are kept only
-    where bad ones are collected; they and the rejected ones take ``line_bytes``. ``known`` counts rows that were taken
-    out because the store has them.
+    where bad ones are collected; they and the rejected ones take ``line_bytes``. Of the latter the first
+    ``rejected_on_disk`` are written down.
     """
 
     start: Checkpoint
@@ -66,9 +66,9 @@ class Chunk:
     lines: list[bytes] | None = None
     line_bytes: int = 0
     rejected: list[RejectedLine] = field(default_factory=list)
+    rejected_on_disk: int = 0
     end: Checkpoint = field(default_factory=Checkpoint.at_start)
     at_end: bool = False
-    known: int = 0
 
     @property
     def byte_count(self) -> int:
@@ -78,16 +78,19 @@ class Chunk:
         """Move a row's line to the rejected ones."""
         assert self.lines is not None
         self.rejected.append(RejectedLine(self.line_nos[row], self.offsets[row], reason, self.lines[row]))
-        self.rejected.sort(key=lambda rejected: rejected.line_no)
-        self.keep([kept for kept in range(len(self.rows)) if kept != row])
+        rest = self.without({row})
+        self.rows, self.line_nos, self.offsets, self.lines = rest.rows, rest.line_nos, rest.offsets, rest.lines
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Take out all rows but these."""
-        self.rows = self.rows.select(rows)
-        self.line_nos = array("q", (self.line_nos[row] for row in rows))
-        self.offsets = array("q", (self.offsets[row] for row in rows))
-        if self.lines is not None:
-            self.lines = [self.lines[row] for row in rows]
+    def without(self, rows: Set[int]) -> Chunk:
+        """Return the same chunk without some of its rows."""
+        kept = [row for row in range(len(self.rows)) if row not in rows]
+        return replace(
+            self,
+            rows=self.rows.select(kept),
+            line_nos=array("q", [self.line_nos[row] for row in kept]),
+            offsets=array("q", [self.offsets[row] for row in kept]),
+            lines=None if self.lines is None else [self.lines[row] for row in kept],
+        )
 
 
 class ChunkMaker:

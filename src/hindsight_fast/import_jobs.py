@@ -22,12 +22,12 @@ WAIT_S: Final = 0.1
 class Jobs:
     """A writer for each shard; a shard's chunks are stored one after the other, in the order in which they come.
 
-    Use it in a ``with`` statement. Left by an exception, it lets each writer end the chunk that it is at (one that
-    waits for a lock gives up), and drops what waits; what was not stored is read again by the next import under the
-    same id.
+    *lines_done* says of each shard how many lines it had before. Use it in a ``with`` statement. Left by an exception,
+    it lets each writer end the chunk that it is at (one that waits for a lock gives up), and drops what waits; what was
+    not stored is read again by the next import under the same id.
     """
 
-    def __init__(self, writers: Sequence[ChunkWriter]) -> None:
+    def __init__(self, writers: Sequence[ChunkWriter], lines_done: Sequence[int]) -> None:
         self._writers = writers
         self._waiting: list[SimpleQueue[Chunk | None]] = [SimpleQueue() for _ in writers]
         # Permits: of each shard one chunk is being stored and one waits, so that its server is never idle. No
@@ -36,6 +36,7 @@ class Jobs:
         for room in self._room:
             room.put(None)
             room.put(None)
+        self._lines_done = list(lines_done)
         self._stored: SimpleQueue[Stored] = SimpleQueue()
         self._failure: BaseException | None = None
         self._stopping = False
@@ -57,6 +58,11 @@ class Jobs:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._stop()
+
+    @property
+    def lines_done(self) -> int:
+        """How many lines every shard has done."""
+        return min(self._lines_done)
 
     def give(self, chunk: Chunk) -> Iterator[Stored]:
         """Give a chunk to its shard's writer, waiting until that has room; yields what was stored meanwhile.
@@ -112,4 +118,5 @@ class Jobs:
                 for each in self._writers:
                     each.hurry()
                 return
+            self._lines_done[shard] = chunk.end.line_no
             self._room[shard].put(None)

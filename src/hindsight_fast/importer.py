@@ -151,6 +151,8 @@ def run_import(
         checkpoints, skipped = find_checkpoints(
             connections[0], statements, options.import_id, lines.name, options.jobs, begin=not options.dry_run
         )
+        if rejects is not None:
+            rejects.take_back([checkpoint.line_no for checkpoint in checkpoints])
         maker.skip_to(checkpoints)
         start = min(checkpoints, key=lambda checkpoint: checkpoint.line_no)
         run = _Run(options, maker, lines, start, skipped)
@@ -159,20 +161,24 @@ def run_import(
         if options.dry_run:
             dry_run = stack.enter_context(DryRun(connections[0], *how))
             run.store_all(lambda chunk: [dry_run.store(chunk, maker)])
-            run.take([dry_run.finish()])
             projected_seconds = dry_run.projected_seconds
         elif options.jobs == 1:
             writer = ChunkWriter(connections[0], *how)
             run.store_all(lambda chunk: [writer.store(chunk, maker)])
         else:
-            jobs = stack.enter_context(Jobs([ChunkWriter(connection, *how) for connection in connections]))
+            writers = [ChunkWriter(connection, *how) for connection in connections]
+            jobs = stack.enter_context(Jobs(writers, [checkpoint.line_no for checkpoint in checkpoints]))
             try:
-                run.store_all(jobs.give, jobs.finished)
-            except ImportFailed:
-                # What stands before a bad line is good, and is stored.
+                try:
+                    run.store_all(jobs.give, jobs.finished)
+                except ImportFailed:
+                    # What stands before a bad line is good, and is stored.
+                    run.take(jobs.finish())
+                    raise
                 run.take(jobs.finish())
+            except ImportFailed as error:
+                error.stored_lines = jobs.lines_done  # a writer knows of its own shard only
                 raise
-            run.take(jobs.finish())
     tally = run.tally
     return ImportReport(
         import_id=options.import_id,
