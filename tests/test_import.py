@@ -295,9 +295,7 @@ def test_what_only_the_server_can_refuse_is_found_by_its_line(store: EventStore)
     known = b'{"stream":"s","type":"t","data":{"n":1},"id":"018f3b1e-0000-7000-8000-0000000000aa"}'
     store.import_events([known], import_id="a")
     lines = [line(0), b"", line(1), b" ", known.replace(b"1}", b"2}"), line(2)]
-    with pytest.raises(
-        ImportFailed, match="0000000000aa is known, with another data"
-    ) as caught:
+    with pytest.raises(ImportFailed, match="0000000000aa is known, with another data") as caught:
         store.import_events(lines, import_id="b", chunk_size=2)
     assert caught.value.line_no == 5
     assert caught.value.byte_offset == sum(len(each) + 1 for each in lines[:4])

@@ -269,7 +269,7 @@ class ChunkWriter:
                 return
 
     def _without_known(self, chunk: Chunk) -> Chunk:
-        """Return the chunk without what is stored, or stands in it before. Raises Refused for an id of other content."""
+        """Return the chunk without what is stored or stands in it before. Raises Refused for other content."""
         rows = chunk.rows
         ids = rows.event_ids()
         result = self._execute(self._statements.known_events, (UuidArray(ids),)).pgresult
