@@ -13,6 +13,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,7 @@ from hindsight_fast import EventStore, ImportFailed, ImportProgress, RecordedEve
 from hindsight_fast.import_chunks import Checkpoint
 from hindsight_fast.import_writer import Stored
 from hindsight_fast.importer import ImportOptions, _Run
+from hindsight_fast.statements import LIMIT_CHUNK
 
 # Of two shards, the first and the second have these.
 FIRST, SECOND = "a", "b"
@@ -36,7 +38,10 @@ def store(database: str) -> Iterator[EventStore]:
     with EventStore(database) as store:
         store.create_schema()
         yield store
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("hindsight-import")]
+    for thread in threading.enumerate():
+        if thread.name.startswith("hindsight-import"):
+            thread.join(10)
+            assert not thread.is_alive()
 
 
 def line(n: int, stream: str = "s") -> bytes:
@@ -138,6 +143,9 @@ def with_one_shard_ahead(store: EventStore, database: str, lines: Any, **options
 @pytest.fixture
 def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hindsight_fast.import_writer.LOCK_PATIENCE_S", 0.1)
+    hurried = LIMIT_CHUNK.replace("'2s'", "'100ms'")
+    assert hurried != LIMIT_CHUNK
+    monkeypatch.setattr("hindsight_fast.import_writer.LIMIT_CHUNK", hurried)
 
 
 @pytest.mark.essential
@@ -239,6 +247,7 @@ def test_a_failing_writer_ends_an_import_that_waits_for_its_source(store: EventS
             store.import_events(source, import_id="a", jobs=2, chunk_size=2)
         assert time.monotonic() - began < 10
         ending.cancel()
+        pipe.close()  # closing the other end would wait for the thread that reads there
     assert store.head() is None
 
 
@@ -367,7 +376,7 @@ def test_shards_share_the_memory(store: EventStore, monkeypatch: pytest.MonkeyPa
     # Sorted by stream, as an export of streams is: each shard's turn comes after the other's.
     lines = [json.dumps({"stream": f"s{n // 500}", "type": "t", "data": {"n": n}}).encode() for n in range(5000)]
     store.import_events(lines, import_id="a", jobs=4, chunk_size=10**6, progress=told.append)
-    steps = [after.events - before.events for before, after in zip(told, told[1:], strict=False)]
+    steps = [after.events - before.events for before, after in pairwise(told)]
     # An encoded event takes some 150 bytes; a share is 10,000 bytes, and a step of 1,000 lines more.
     assert max(steps) <= 1100
     assert numbers(store.read()) == list(range(5000))
