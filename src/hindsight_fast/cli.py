@@ -107,10 +107,14 @@ class DataSource:
             self._folder = Path(embedded).absolute() if embedded else default_data_dir("data")
 
     @contextmanager
-    def open_store(self, purpose: Literal["look", "write", "make"]) -> Iterator[EventStore]:
-        """Lend an open store. A private server's folder is made only to "make" a store in it."""
+    def open_store(self, purpose: Literal["look", "write", "make"], *, connections: int = 1) -> Iterator[EventStore]:
+        """Lend an open store, of as many *connections* as are needed at a time (more, if those are few).
+
+        A private server's folder is made only to "make" a store in it.
+        """
+        options: dict[str, Any] = {"schema": self.schema, "pool_size": max(connections, 10)}
         if self._folder is None:
-            with EventStore(_checked_conninfo(self._dsn), schema=self.schema) as store:
+            with EventStore(_checked_conninfo(self._dsn), **options) as store:
                 yield store
             return
         if purpose != "make" and not (self._folder / "PG_VERSION").exists():
@@ -119,7 +123,7 @@ class DataSource:
             )
         with EmbeddedServer(self._folder) as server:
             database = self._database or ("postgres" if purpose != "look" else self._database_to_look_at(server))
-            with EventStore(server.conninfo_for(database), schema=self.schema) as store:
+            with EventStore(server.conninfo_for(database), **options) as store:
                 yield store
 
     def place(self, store: EventStore) -> str:
@@ -322,7 +326,7 @@ def import_(
             raise click.UsageError("standard input has no name: give --import-id ID, the same one to go on later")
         import_id = _checked_name(file)
         _say(f"import id {import_id!r} (--import-id names another)")
-    with source.open_store("write") as store:
+    with source.open_store("write", connections=options["jobs"]) as store:
         try:
             before = _import_before(store, import_id)
         except SchemaError as error:
@@ -349,7 +353,7 @@ def _run_import(
     stored = before.events if before is not None else 0
     if before is not None:
         _say(f"going on behind line {before.lines:,}: {stored:,} events are stored already")
-    progress = EventProgress("importing", None, events=stored)
+    progress = EventProgress("checking" if options["dry_run"] else "importing", None, events=stored)
 
     def show(done: ImportProgress) -> None:
         nonlocal stored
@@ -367,7 +371,14 @@ def _run_import(
             if options["mode"] == "initial" and (state := read_status(store).state) != "open":
                 _say(f"The store accepts no appends: {state}")
         raise
+    except ValueError as error:
+        if isinstance(error, HindsightError):
+            raise
+        # A rate of nan, or a file for bad lines that is something else: what the options say cannot be done.
+        raise click.UsageError(str(error)) from None
     except KeyboardInterrupt:
+        if options["dry_run"]:
+            _interrupted("Nothing was stored.")
         same_input = ", with the same input," if file == "-" else ""
         if options["mode"] == "initial":
             _interrupted(
@@ -382,7 +393,9 @@ def _run_import(
 
 
 def _import_before(store: EventStore, import_id: str) -> ImportStatus | None:
-    return next((each for each in read_status(store).imports if each.import_id == import_id and each.lines), None)
+    imports = read_status(store).imports
+    # Lines are those that all jobs have done.
+    return next((each for each in imports if each.import_id == import_id and (each.lines or each.events)), None)
 
 
 def _checked_name(file: str) -> str:
@@ -412,9 +425,11 @@ def _import_text(report: ImportReport) -> str:
         )
     if report.bad_lines:
         first += f"; {report.bad_lines:,} bad lines set aside"
+    # Of a dry run they are not known.
+    streams = f"{report.new_streams:,} new streams, " if report.projected_seconds is None else ""
     lines = [
         first,
-        f"{report.new_streams:,} new streams, {report.lines:,} lines, {megabytes:,.1f} MB",
+        f"{streams}{report.lines:,} lines, {megabytes:,.1f} MB",
         f"{report.seconds:.2f} s, {rate:,.0f} events/s, {megabytes / max(report.seconds, 1e-6):,.1f} MB/s",
     ]
     if report.first_cursor is not None:

@@ -58,18 +58,15 @@ class LineReader:
         """Return the 16 bytes of the id of an event that brings none."""
         return (self._id_base | line_no << 22).to_bytes(16, "big")
 
-    def add(self, line: bytes, line_no: int, shards: Sequence[EventRows | None]) -> int:
+    def add(self, line: bytes, line_no: int, shards: Sequence[EventRows]) -> int:
         """Add *line* to the rows of its shard, the one of *shards* that its stream belongs to; returns which one it is.
 
-        None stands for a shard that has the line already. Raises BadLine, with all rows as they were.
+        Raises BadLine, with all rows as they were.
         """
         try:
             event = self._decode(line)
             stream_id = self._streams.get(event.stream) or self._stream_id(event.stream)
             shard = crc32(stream_id) % len(shards) if len(shards) > 1 else 0
-            rows = shards[shard]
-            if rows is None:
-                return shard
             data = memoryview(event.data)
             if data[0] != 0x7B:
                 raise BadLine("data must be a JSON object")
@@ -80,7 +77,7 @@ class LineReader:
                     metadata = None
                 elif metadata[0] != 0x7B:
                     raise BadLine("metadata must be a JSON object or null")
-            rows.add(
+            shards[shard].add(
                 self.derived_id(line_no) if event.id is None else event.id.bytes,
                 stream_id,
                 event.type,

@@ -23,6 +23,8 @@ BLOCK_BYTES: Final = 1024 * 1024
 LINES_BLOCK_BYTES: Final = 64 * 1024
 """Of an iterable less is gathered: it may be slow, and what it has given should not wait long."""
 BLOCKS_AHEAD: Final = 4
+WAIT_S: Final = 0.25
+"""A wait for a slow source ends this soon, so that whoever waits can see to other things."""
 MAX_LINE_BYTES: Final = 256 * 1024 * 1024
 GZIP_MAGIC: Final = b"\x1f\x8b"
 
@@ -77,7 +79,7 @@ class LineSource:
         self._thread: threading.Thread | None = None
 
     def next_block(self, *, wait: bool) -> bytes | Literal["end", "not yet"]:
-        """Return the next block of lines; without *wait*, "not yet" where that would take time.
+        """Return the next block of lines, or "not yet": at once, or with *wait* when none has come for a moment.
 
         Raises SourceError, or what reading raised.
         """
@@ -87,7 +89,7 @@ class LineSource:
             self._thread = threading.Thread(target=self._read_ahead, name="hindsight-import-source", daemon=True)
             self._thread.start()
         try:
-            block = self._blocks.get(block=wait)
+            block = self._blocks.get(block=wait, timeout=WAIT_S)
         except queue.Empty:
             return "not yet"
         if isinstance(block, bytes):

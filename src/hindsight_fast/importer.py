@@ -162,6 +162,8 @@ def run_import(
         checkpoints, skipped = find_checkpoints(
             connections[0], statements, options.import_id, lines.name, options.jobs, begin=not options.dry_run
         )
+        if rejects is not None:
+            rejects.take_back([checkpoint.line_no for checkpoint in checkpoints])
         maker.skip_to(checkpoints)
         start = min(checkpoints, key=lambda checkpoint: checkpoint.line_no)
         run = _Run(options, maker, lines, start, skipped)
@@ -170,7 +172,6 @@ def run_import(
         if options.dry_run:
             dry_run = stack.enter_context(DryRun(connections[0], *how))
             run.store_all(lambda chunk: [dry_run.store(chunk, maker)])
-            run.take([dry_run.finish()])
             projected_seconds = dry_run.projected_seconds
         elif options.initial:
             beside = initial.writer(*how[-2:])
@@ -180,14 +181,19 @@ def run_import(
             writer = ChunkWriter(connections[0], *how)
             run.store_all(lambda chunk: [writer.store(chunk, maker)])
         else:
-            jobs = stack.enter_context(Jobs([ChunkWriter(connection, *how) for connection in connections]))
+            writers = [ChunkWriter(connection, *how) for connection in connections]
+            jobs = stack.enter_context(Jobs(writers, [checkpoint.line_no for checkpoint in checkpoints]))
             try:
-                run.store_all(jobs.give)
-            except ImportFailed:
-                # What stands before a bad line is good, and is stored.
+                try:
+                    run.store_all(jobs.give, jobs.finished)
+                except ImportFailed:
+                    # What stands before a bad line is good, and is stored.
+                    run.take(jobs.finish())
+                    raise
                 run.take(jobs.finish())
+            except ImportFailed as error:
+                error.stored_lines = jobs.lines_done  # a writer knows of its own shard only
                 raise
-            run.take(jobs.finish())
     tally = run.tally
     return ImportReport(
         import_id=options.import_id,
@@ -215,15 +221,24 @@ class _Run:
         self._maker = maker
         self._lines = lines
         self._skipped = skipped
+        self._given = 0  # events handed over to be stored
         self.tally = _Tally()
         self.end = start
 
-    def store_all(self, store: Callable[[Chunk], Iterable[Stored]]) -> None:
-        """Give each chunk to *store* until the source ends; it answers with what has been stored by then."""
+    def store_all(
+        self,
+        store: Callable[[Chunk], Iterable[Stored]],
+        stored_meanwhile: Callable[[], Iterable[Stored]] = tuple,
+    ) -> None:
+        """Give each chunk to *store* until the source ends; it answers with what has been stored by then.
+
+        *stored_meanwhile* is asked the same while the source is waited for: it may be slow, and a writer may fail.
+        """
         at_end = False
         while not at_end:
-            for chunk in self._maker.finish():
+            for chunk in self._maker.finish(lambda: self.take(stored_meanwhile())):
                 at_end, self.end = chunk.at_end, chunk.end
+                self._given += len(chunk.rows)
                 self.take(store(chunk))
                 self._keep_to_rate()
 
@@ -231,8 +246,14 @@ class _Run:
         """Count what was stored, tell of it, and learn from what it took."""
         for each in stored:
             self.tally.add(each)
-            if self._options.chunk_size is None and each.events:
-                following = next_chunk_events(each.events, each.seconds)
+            rows = each.events + each.known + each.rejected
+            # Not from a small one that was quick: a shard with few events would make everybody's chunks as small.
+            if (
+                self._options.chunk_size is None
+                and rows
+                and (2 * rows >= self._maker.most_events or each.seconds > CHUNK_SECONDS)
+            ):
+                following = next_chunk_events(rows, each.seconds)
                 self._maker.most_events = min(following, self._options.most_events_ever)
             self.tell()
 
@@ -254,7 +275,9 @@ class _Run:
 
     def _keep_to_rate(self) -> None:
         if self._options.max_rate is not None:
-            ahead_s = self.tally.events / self._options.max_rate - self.tally.seconds
+            # Of what was handed over: with several jobs it may still wait to be stored.
+            events = self._given - self.tally.known
+            ahead_s = events / self._options.max_rate - self.tally.seconds
             if ahead_s > 0:
                 time.sleep(ahead_s)
 

@@ -160,26 +160,22 @@ MOVE_IMPORT: Final = """
 """
 
 # A dry run's tables. Its first chunk goes into one with all that the real table has, to see what that takes; the rest
-# into the second, where the server reads every value and checks every constraint, without indexes.
+# into the second, where the server reads every value and checks every constraint, without indexes. The third knows the
+# ids that lines bring, and what they stood for. Triggers and foreign keys of somebody else's are not copied.
 MAKE_DRY_RUN: Final = (
     "CREATE TEMPORARY TABLE hindsight_dry_run_indexed (LIKE {schema}.events INCLUDING ALL)",
-    "CREATE TEMPORARY TABLE hindsight_dry_run_rows (LIKE {schema}.events INCLUDING CONSTRAINTS INCLUDING STORAGE)",
-    "CREATE TEMPORARY TABLE hindsight_dry_run_ids (event_id uuid, content bytea, line_no bigint)",
+    "CREATE TEMPORARY TABLE hindsight_dry_run_rows (LIKE {schema}.events INCLUDING ALL EXCLUDING INDEXES)",
+    "CREATE TEMPORARY TABLE hindsight_dry_run_ids (event_id uuid PRIMARY KEY, content bytea, time text)",
 )
 DROP_DRY_RUN: Final = """
     DROP TABLE IF EXISTS pg_temp.hindsight_dry_run_indexed, pg_temp.hindsight_dry_run_rows,
         pg_temp.hindsight_dry_run_ids
 """
 COPY_DRY_RUN: Final = "COPY pg_temp.{table} ({columns}) FROM STDIN (FORMAT BINARY)"
-COPY_DRY_RUN_IDS: Final = "COPY pg_temp.hindsight_dry_run_ids (event_id, content, line_no) FROM STDIN"
-REPEATED_DRY_RUN_IDS: Final = """
-    SELECT coalesce(sum(r.lines - 1), 0)::bigint, count(*) FILTER (WHERE r.contents > 1),
-        min(r.second_line) FILTER (WHERE r.contents > 1)
-    FROM (
-        SELECT count(*) AS lines, count(DISTINCT i.content) AS contents,
-            (array_agg(i.line_no ORDER BY i.line_no))[2] AS second_line
-        FROM pg_temp.hindsight_dry_run_ids AS i GROUP BY i.event_id HAVING count(*) > 1
-    ) AS r
+COPY_DRY_RUN_IDS: Final = "COPY pg_temp.hindsight_dry_run_ids (event_id, content, time) FROM STDIN"
+KNOWN_DRY_RUN_IDS: Final = """
+    SELECT i.event_id, i.content, i.time FROM pg_temp.hindsight_dry_run_ids AS i
+    WHERE i.event_id = ANY(%s::uuid[])
 """
 
 LIST_IMPORTS: Final = """

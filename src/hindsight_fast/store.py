@@ -285,7 +285,7 @@ class EventStore:
             raise TypeError(f'on_error is "stop" or a path, not {type(on_error).__name__}')
         if max_errors is not None and on_error == "stop":
             raise ValueError("max_errors goes with on_error=PATH")
-        if max_rate is not None and not (isinstance(max_rate, (int, float)) and max_rate > 0):
+        if max_rate is not None and not (isinstance(max_rate, (int, float)) and 0 < max_rate < float("inf")):
             raise ValueError(f"max_rate must be a positive number of events a second, not {max_rate!r}")
         options = ImportOptions(
             import_id,
