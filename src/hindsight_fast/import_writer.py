@@ -152,7 +152,7 @@ class ChunkWriter:
         self._generation = generation
         self._rejects = rejects
         self._hurried = False
-        self._sent = Chunk(Checkpoint.at_start())  # what the last try sent of its chunk
+        self._sent = Chunk(Checkpoint.at_start())  # the chunk of the last try, without what was left out
         self._look_up_ids = False  # on from the first known id to the first chunk without one
         self._socket = select.poll()
         self._socket.register(connection.fileno(), select.POLLOUT)
@@ -167,6 +167,7 @@ class ChunkWriter:
         began = time.monotonic()
         while True:
             self._write_rejects(chunk)
+            self._sent = chunk
             try:
                 first, new_streams = self._while_locked(chunk, lambda: self._try_to_store(chunk, meanwhile))
                 events = len(self._sent.rows)
@@ -217,7 +218,8 @@ class ChunkWriter:
         with self._connection.transaction():
             self._limit()
             # Found out anew at each try: what a row is known by may be rejected, or rolled back.
-            self._sent = self._without_known(chunk) if self._look_up_ids and len(chunk.rows) else chunk
+            if self._look_up_ids and len(chunk.rows):
+                self._sent = self._without_known(chunk)
             rows = self._sent.rows
             # Before all locks of streams, so that a rival is met here: it waits, and then finds the row moved.
             moved = self._execute(
