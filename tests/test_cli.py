@@ -21,7 +21,7 @@ import pytest
 
 from command_line import forget_database, run, run_apart, started
 from conftest import root_for_servers
-from hindsight_fast import Cursor, EventStore, cli, stream_uuid
+from hindsight_fast import Cursor, EventStore, cli_common, stream_uuid
 from hindsight_fast.demo_events import demo_lines
 from hindsight_fast.embedded import EmbeddedServer
 from hindsight_fast.installations import Installation
@@ -64,7 +64,7 @@ def test_no_database_named_is_an_error_and_starts_no_server(
     def started(*_arguments: object, **_options: object) -> None:
         raise AssertionError("a server was started unasked")
 
-    monkeypatch.setattr(cli, "EmbeddedServer", started)
+    monkeypatch.setattr(cli_common, "EmbeddedServer", started)
     result = run(*arguments)
     assert result.exit_code == 1
     assert result.stdout == ""
@@ -145,7 +145,7 @@ def test_what_an_error_quotes_of_a_password_is_blacked_out(monkeypatch: pytest.M
         def __init__(self, conninfo: str, **_options: object) -> None:
             raise psycopg.OperationalError(f"cannot connect with {conninfo}\nreally")
 
-    monkeypatch.setattr(cli, "EventStore", Talkative)
+    monkeypatch.setattr(cli_common, "EventStore", Talkative)
     result = run("status", "--dsn", "host=here password=geheim")
     assert result.exit_code == 1
     assert result.stderr == "Error: cannot connect with host=here password=*** really\n"
@@ -498,7 +498,7 @@ def test_a_private_server_keeps_its_data(installation: Installation, monkeypatch
         assert '"nothing" does not exist' in missing.stderr
 
         # Without DIR, where the option stands last.
-        monkeypatch.setattr(cli, "default_data_dir", lambda name: Path(data_dir))
+        monkeypatch.setattr(cli_common, "default_data_dir", lambda name: Path(data_dir))
         assert run("status", "--embedded").exit_code == 0
     finally:
         shutil.rmtree(folder)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from hindsight_fast import EventStore, cli
+from hindsight_fast import EventStore, cli_common
 from hindsight_fast.cli import commands
 
 
@@ -137,7 +137,7 @@ def test_ctrl_c_in_a_dry_run_does_not_speak_of_stored_events(
     def interrupted(*_arguments: object, **_options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.EventStore, "import_events", interrupted)
+    monkeypatch.setattr(cli_common.EventStore, "import_events", interrupted)
     result = run(file, "--dry-run", "--dsn", database)
     assert result.exit_code == 130
     assert "Nothing was stored." in result.stderr

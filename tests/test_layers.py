@@ -27,12 +27,14 @@ LAYERS = [
     {"status"},
     {"__init__"},
     {"demo"},
+    {"cli_common"},
+    {"cli_import", "cli_read"},
     {"cli"},
 ]
 # The only modules that may talk to a server or start one.
 SHELLS = {"store", "read_ahead", "import_writer", "import_dry_run", "import_jobs", "importer", "installations"}
 SHELLS |= {"import_build", "import_initial"}
-SHELLS |= {"accounts", "server_guard", "embedded", "status", "demo", "cli"}
+SHELLS |= {"accounts", "server_guard", "embedded", "status", "demo", "cli_common", "cli_import", "cli_read", "cli"}
 IO_MODULES = {"psycopg_pool", "subprocess", "socket", "select"}
 
 
