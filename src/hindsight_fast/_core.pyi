@@ -19,6 +19,7 @@ __all__ = [
     "EventRows",
     "RecordedEvent",
     "ResultReader",
+    "check_fields",
     "decode_result",
     "decode_row",
 ]
@@ -146,3 +147,4 @@ def decode_result(
     decode_payload: Callable[[RecordedEvent], Any] | None = None,
     reader: ResultReader | None = None,
 ) -> list[RecordedEvent]: ...
+def check_fields(line: bytes, data: Buffer, metadata: Buffer | None = None) -> bool: ...

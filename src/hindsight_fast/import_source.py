@@ -22,7 +22,9 @@ BLOCK_BYTES: Final = 1024 * 1024
 LINES_BLOCK_BYTES: Final = 64 * 1024
 """Of an iterable less is gathered: it may be slow, and what it has given should not wait long."""
 BLOCKS_AHEAD: Final = 4
+"""That is also the most megabytes read ahead, unless a single line takes more."""
 MAX_LINE_BYTES: Final = 256 * 1024 * 1024
+"""Its newline included. PostgreSQL takes values of nearly 1 GiB, but a line is held some five times while it passes."""
 GZIP_MAGIC: Final = b"\x1f\x8b"
 
 
@@ -68,7 +70,7 @@ class LineSource:
             self._lines = source
         # SimpleQueue, written in C: an interrupt between two bytecodes of queue.Queue left its lock held for ever.
         self._blocks: queue.SimpleQueue[bytes | BaseException | None] = queue.SimpleQueue()
-        self._room: queue.SimpleQueue[None] = queue.SimpleQueue()  # a permit for each block that may be read ahead
+        self._room: queue.SimpleQueue[None] = queue.SimpleQueue()  # a permit for each megabyte that may be read ahead
         for _ in range(BLOCKS_AHEAD):
             self._room.put(None)
         self._stopping = False
@@ -90,7 +92,8 @@ class LineSource:
         except queue.Empty:
             return "not yet"
         if isinstance(block, bytes):
-            self._room.put(None)
+            for _ in range(_permits(block)):
+                self._room.put(None)
             return block
         self._ended = True
         if block is not None:
@@ -110,10 +113,12 @@ class LineSource:
         last: BaseException | None = None
         try:
             for block in self._blocks_of_lines():
-                self._room.get()
-                if self._stopping:
-                    return
+                for _ in range(_permits(block)):
+                    self._room.get()
+                    if self._stopping:
+                        return
                 self._blocks.put(block)
+                del block  # a line of 256 MiB is not kept while the next one is read
         except BaseException as error:  # noqa: BLE001 - handed to the thread that asks for blocks, and raised there
             last = error
         self._blocks.put(last)
@@ -130,19 +135,22 @@ class LineSource:
                 raise SourceError(f"broken gzip: {error}", line_no) from error
             if piece is None:
                 break
+            # Looked at line by line only where one may be too long.
+            if begun_bytes + len(piece) > MAX_LINE_BYTES and (lines := _lines_before_long(begun_bytes, piece)) >= 0:
+                raise SourceError(f"a line longer than {MAX_LINE_BYTES} bytes", line_no + lines)
             end = piece.rfind(b"\n") + 1
             if end == 0:
                 begun.append(piece)
                 begun_bytes += len(piece)
-                if begun_bytes > MAX_LINE_BYTES:
-                    raise SourceError(f"a line longer than {MAX_LINE_BYTES} bytes", line_no)
                 continue
             block = b"".join((*begun, piece[:end])) if begun else piece[:end]
+            begun, begun_bytes = [piece[end:]], len(piece) - end
+            del piece
             line_no += block.count(b"\n")
             yield block
-            begun, begun_bytes = [piece[end:]], len(piece) - end
-        if rest := b"".join(begun):
-            yield rest
+            del block
+        if begun_bytes:
+            yield b"".join(begun)
 
     def _decompressed(self) -> Iterator[bytes]:
         raw = self._raw()
@@ -168,6 +176,10 @@ class LineSource:
                     compressed = more.lstrip(b"\0")
                 if not compressed:
                     return
+                while len(compressed) < len(GZIP_MAGIC) and (more := next(raw, b"")):
+                    compressed += more
+                if not compressed.startswith(GZIP_MAGIC):
+                    raise EOFError("what follows its end is no gzip")
                 member = zlib.decompressobj(wbits=31)
             elif not compressed:
                 compressed = next(raw, b"")
@@ -205,6 +217,21 @@ class LineSource:
         if gathered:
             self.bytes_read += size
             yield b"".join(gathered)
+
+
+def _permits(block: bytes) -> int:
+    """How much of the room for reading ahead a block takes; one that is larger than all of it waits for all of it."""
+    return min(max(len(block) // BLOCK_BYTES, 1), BLOCKS_AHEAD)
+
+
+def _lines_before_long(begun_bytes: int, piece: bytes) -> int:
+    """How many newlines of *piece* stand before a line that is too long, or -1; its first line began earlier."""
+    start, lines = -begun_bytes, 0
+    while (end := piece.find(b"\n", max(start, 0)) + 1) > 0:
+        if end - start > MAX_LINE_BYTES:
+            return lines
+        start, lines = end, lines + 1
+    return lines if len(piece) - start > MAX_LINE_BYTES else -1
 
 
 def _standard_input() -> BinaryIO:
