@@ -47,7 +47,7 @@ if os.environ.get("HINDSIGHT_FAULTS"):
 setup(
     ext_modules=cythonize(
         extensions,
-        # Generated C never lies beside the sources, nor where another variant, with other directives, takes it for its own.
+        # Never beside the sources, nor where another variant, with other directives, would take the C for its own.
         build_dir=os.path.join("build", "cython", name or "release"),
         compiler_directives={"language_level": 3, "embedsignature": False, **variant["directives"]},
     ),
