@@ -110,7 +110,7 @@ def bench_lines_to_rows(benchmark, demo_data, rows):
     def ours():
         reader, made = LineReader(IMPORT_ID), EventRows()
         for line_no, line in enumerate(lines, 1):
-            reader.add(line, line_no, made)
+            reader.add(line, line_no, [made])
         return made
 
     def check(made):

@@ -11,6 +11,8 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import psycopg
 import pytest
@@ -19,7 +21,7 @@ from psycopg import sql
 from contenders import ROUNDS, Contender, compare
 from datasets import EVENTS, IMPORT_ID, DataSet
 from expected import stored_digest
-from hindsight_fast import EventStore
+from hindsight_fast import EventStore, ImportReport
 from hindsight_fast._core import EVENT_COLUMNS
 from hindsight_fast.embedded import EmbeddedServer
 
@@ -41,6 +43,12 @@ class Arena:
         self._encoded = folder / f"{data.path.stem}.copy"
         self._admin = psycopg.connect(conninfo, autocommit=True)
         self._store = EventStore(conninfo).open()
+        self._projected: list[float] = []
+
+    @property
+    def projected_seconds(self) -> float:
+        """What the dry runs said an import would take."""
+        return median(self._projected)
 
     def close(self) -> None:
         self._store.close()
@@ -54,9 +62,20 @@ class Arena:
         everything = sql.SQL("SELECT {} FROM hindsight.events ORDER BY transaction_no, sequence_no").format(COLUMNS)
         self._run_psql(f"\\copy ({everything.as_string()}) to '{self._encoded}' (format binary)")
 
-    def ours(self, name: str, path: Path) -> Contender:
+    def ours(self, name: str, path: Path, **options: Any) -> Contender:
+        check = self._check_by_stream if options.get("jobs", 1) > 1 else self._check_ours
         return Contender(
-            name, lambda: self._import(path), self._data.count, lambda _: self._check_ours(), prepare=self._empty_store
+            name, lambda: self._import(path, **options), self._data.count, lambda _: check(), prepare=self._empty_store
+        )
+
+    def dry_run(self, name: str, path: Path) -> Contender:
+        def check(report: ImportReport) -> None:
+            self._projected.append(report.projected_seconds or 0.0)
+            row = self._admin.execute("SELECT count(*) FROM hindsight.events").fetchone()
+            assert row == (0,), "a dry run has stored something"
+
+        return Contender(
+            name, lambda: self._import(path, dry_run=True), self._data.count, check, prepare=self._empty_store
         )
 
     def copy(self) -> Contender:
@@ -66,9 +85,10 @@ class Arena:
             lambda _: self._check("rival"), prepare=self._empty_rival, target=TARGET_OF_COPY,
         )  # fmt: skip
 
-    def _import(self, path: Path) -> None:
-        report = self._store.import_events(path, import_id=IMPORT_ID)
+    def _import(self, path: Path, **options: Any) -> ImportReport:
+        report = self._store.import_events(path, import_id=IMPORT_ID, **options)
         assert report.events == self._data.count, f"{report.events} events were imported"
+        return report
 
     def _empty_store(self) -> None:
         self._drop()
@@ -101,6 +121,14 @@ class Arena:
 
     def _check_ours(self) -> None:
         self._check("hindsight")
+        self._check_heads()
+
+    def _check_by_stream(self) -> None:
+        found = stored_digest(self._admin, "hindsight", order="stream_id, stream_version")
+        assert found == self._data.digest_by_stream, "other rows are stored than expected"
+        self._check_heads()
+
+    def _check_heads(self) -> None:
         row = self._admin.execute(
             "WITH last AS (SELECT stream_id, max(stream_version) AS stream_version FROM hindsight.events GROUP BY 1) "
             "SELECT count(*) FROM last FULL JOIN hindsight.stream_heads USING (stream_id, stream_version) "
@@ -135,6 +163,24 @@ def bench_import_git_history(benchmark, server, database, git_history, folder):
             arena.ours("import_events of the file compressed by gzip", git_history.compressed),
             rounds=ROUNDS, unit="events", checked=CHECKED, warm_up=False,
         )  # fmt: skip
+    finally:
+        arena.close()
+
+
+def bench_import_ways(benchmark, server, database, demo_data, folder):
+    data = demo_data(min(EVENTS, 300_000))
+    arena = _arena(server, database, data, folder)
+    try:
+        compare(
+            benchmark, arena.ours("import_events", data.path),
+            arena.ours("import_events, jobs=2", data.path, jobs=2),
+            arena.dry_run("import_events, dry_run=True", data.path),
+            rounds=ROUNDS, unit="events", warm_up=False,
+            checked=CHECKED + "; with jobs in the order of streams; of a dry run that nothing is there",
+        )  # fmt: skip
+        comparison = benchmark.extra_info["comparison"]
+        took = median(comparison["contenders"][0]["seconds"])
+        comparison["note"] = f"the dry runs projected {arena.projected_seconds:.1f} s for what took {took:.1f} s"
     finally:
         arena.close()
 

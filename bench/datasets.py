@@ -32,6 +32,11 @@ class DataSet:
         return digest_of(self.rows())
 
     @functools.cached_property
+    def digest_by_stream(self) -> str:
+        """Of the rows in the order of streams, and versions within them."""
+        return digest_of(sorted(self.rows(), key=lambda row: (row.stream_id, row.stream_version)))
+
+    @functools.cached_property
     def compressed(self) -> Path:
         """The same file, by gzip at its default level."""
         path = self.path.with_suffix(".ndjson.gz")

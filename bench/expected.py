@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from datetime import datetime
 from json.decoder import JSONDecoder
 from pathlib import Path
-from typing import NamedTuple
+from typing import LiteralString, NamedTuple
 from uuid import UUID
 
 import psycopg
@@ -95,13 +95,15 @@ def digest_of(rows: Iterable[Row]) -> str:
     return digest.hexdigest()
 
 
-def stored_digest(connection: psycopg.Connection, schema: str) -> str:
-    """The same of what lies in the table ``events`` of *schema*, in the order of the log: every row, every byte."""
+def stored_digest(
+    connection: psycopg.Connection, schema: str, order: LiteralString = "transaction_no, sequence_no"
+) -> str:
+    """The same of what lies in the table ``events`` of *schema*, in this order: every row, every byte."""
     digest = hashlib.blake2b(digest_size=16)
     columns = sql.SQL(", ").join(map(sql.Identifier, ROW_COLUMNS))
-    everything = sql.SQL(
-        "COPY (SELECT {} FROM {}.events ORDER BY transaction_no, sequence_no) TO STDOUT (FORMAT BINARY)"
-    ).format(columns, sql.Identifier(schema))
+    everything = sql.SQL("COPY (SELECT {} FROM {}.events ORDER BY {}) TO STDOUT (FORMAT BINARY)").format(
+        columns, sql.Identifier(schema), sql.SQL(order)
+    )
     with connection.cursor().copy(everything) as copy:
         for block in copy:
             digest.update(block)

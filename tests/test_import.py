@@ -294,10 +294,11 @@ def test_a_truncated_gzip_is_named(store: EventStore) -> None:
 def test_what_only_the_server_can_refuse_is_found_by_its_line(store: EventStore) -> None:
     known = b'{"stream":"s","type":"t","data":{"n":1},"id":"018f3b1e-0000-7000-8000-0000000000aa"}'
     store.import_events([known], import_id="a")
-    lines = [line(0), b"", line(1), b" ", known, line(2)]
-    with pytest.raises(ImportFailed, match="018f3b1e-0000-7000-8000-0000000000aa") as caught:
+    lines = [line(0), b"", line(1), b" ", known.replace(b"1}", b"2}"), line(2)]
+    with pytest.raises(ImportFailed, match="0000000000aa is known, with another data") as caught:
         store.import_events(lines, import_id="b", chunk_size=2)
     assert caught.value.line_no == 5
+    assert caught.value.byte_offset == sum(len(each) + 1 for each in lines[:4])
     assert caught.value.stored_lines == 3
     assert numbers(store.read()) == [1, 0, 1]
     assert store.stream_version(stream_uuid("s")) == 2  # the refused chunk took no version
@@ -305,7 +306,7 @@ def test_what_only_the_server_can_refuse_is_found_by_its_line(store: EventStore)
 
 def test_two_events_with_one_id_in_a_chunk_leave_it_unstored(store: EventStore) -> None:
     twice = b'{"stream":"%s","type":"t","data":{},"id":"018f3b1e-0000-7000-8000-0000000000aa"}'
-    with pytest.raises(ImportFailed, match="duplicate key") as caught:
+    with pytest.raises(ImportFailed, match="is known, with another stream") as caught:
         store.import_events([line(0), twice % b"a", twice % b"b"], import_id="b")
     assert caught.value.line_no == 3
     assert list(store.read()) == []
@@ -336,8 +337,15 @@ def test_an_error_quotes_no_payload(store: EventStore, constraint: str) -> None:
         ({"import_id": "a", "chunk_size": 0}, ValueError),
         ({"import_id": "a", "chunk_size": True}, TypeError),
         ({"import_id": "a", "mode": "initial"}, ValueError),
-        ({"import_id": "a", "jobs": 2}, ValueError),
-        ({"import_id": "a", "on_error": "errors.ndjson"}, ValueError),
+        ({"import_id": "a", "jobs": 0}, ValueError),
+        ({"import_id": "a", "jobs": 11}, ValueError),  # more than the pool has connections
+        ({"import_id": "a", "jobs": True}, TypeError),
+        ({"import_id": "a", "on_error": 1}, TypeError),
+        ({"import_id": "a", "max_errors": 1}, ValueError),
+        ({"import_id": "a", "on_error": "bad", "max_errors": -1}, ValueError),
+        ({"import_id": "a", "max_rate": 0}, ValueError),
+        ({"import_id": "a", "max_rate": "1"}, ValueError),
+        ({"import_id": "a", "max_rate": float("nan")}, ValueError),
     ],
 )
 def test_wrong_arguments_are_refused_before_any_io(arguments: dict[str, Any], error: type[Exception]) -> None:

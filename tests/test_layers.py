@@ -18,7 +18,9 @@ LAYERS = [
     {"streams", "schema", "connecting", "import_source", "progress", "installations"},
     {"statements", "results", "import_lines", "demo_events", "accounts"},
     {"reading", "read_ahead", "import_chunks", "server_guard"},
+    {"import_rejects"},
     {"import_writer", "embedded"},
+    {"import_jobs", "import_dry_run"},
     {"importer"},
     {"store"},
     {"status"},
@@ -27,8 +29,8 @@ LAYERS = [
     {"cli"},
 ]
 # The only modules that may talk to a server or start one.
-SHELLS = {"store", "read_ahead", "import_writer", "importer", "installations", "accounts", "server_guard", "embedded"}
-SHELLS |= {"status", "demo", "cli"}
+SHELLS = {"store", "read_ahead", "import_writer", "import_dry_run", "import_jobs", "importer", "installations"}
+SHELLS |= {"accounts", "server_guard", "embedded", "status", "demo", "cli"}
 IO_MODULES = {"psycopg_pool", "subprocess", "socket", "select"}
 
 

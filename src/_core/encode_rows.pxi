@@ -162,12 +162,9 @@ cdef class EventRows:
         cdef const char *name
         cdef bint undated = created_at is None
         cdef int64_t moment = 0
-        cdef int32_t version, stream, nth = 0
+        cdef int32_t version
         cdef Py_ssize_t size
         cdef unsigned char *at
-        cdef int32_t *count
-        cdef RowMark *mark
-        cdef bint new_stream = False
 
         # Everything that can fail for what it was given comes before the first byte is written.
         if PyBytes_GET_SIZE(event_id) != 16 or PyBytes_GET_SIZE(stream_id) != 16:
@@ -200,39 +197,7 @@ cdef class EventRows:
         if size > MAX_ROW_BYTES:
             raise ValueError(f"an event must stay below 1 GiB; this one takes {size} bytes")
 
-        known = self.streams.get(stream_id)
-        if known is None:
-            stream = <int32_t>len(self.streams)
-            new_stream = True
-        else:
-            stream = known
-        # Room first, in all three buffers; sizes are put back if one of them cannot grow.
-        cdef Py_ssize_t rows_size = self.rows.size
-        cdef Py_ssize_t marks_size = self.marks.size
-        cdef Py_ssize_t counts_size = self.event_counts.size
-        try:
-            mark = <RowMark *>self.marks.reserve(sizeof(RowMark))
-            if new_stream:
-                count = <int32_t *>self.event_counts.reserve(sizeof(int32_t))
-                count[0] = 0
-                self.streams[stream_id] = stream
-            else:
-                count = self.count_of(stream)
-            at = self.rows.reserve(size)
-        except BaseException:
-            self.rows.size = rows_size
-            self.marks.size = marks_size
-            self.event_counts.size = counts_size
-            if new_stream:
-                self.streams.pop(stream_id, None)
-            raise
-
-        mark.offset = rows_size
-        mark.stream = stream
-        mark.nth = count[0]
-        mark.undated = undated
-        count[0] += 1
-
+        at = self.begin_row(stream_id, size, undated)
         write_int16(at, COLUMN_COUNT)
         write_int32(at + AT_TRANSACTION_NO - 4, 8)
         write_int64(at + AT_TRANSACTION_NO, 0)
@@ -269,9 +234,96 @@ cdef class EventRows:
             write_int32(at, <int32_t>metadata.shape[0])
             if metadata.shape[0]:
                 memcpy(at + 4, &metadata[0], metadata.shape[0])
+        self.end_row()
+
+    cdef unsigned char *begin_row(self, bytes stream_id, Py_ssize_t size, bint undated) except NULL:
+        """Make room for a row of *size* bytes behind the others and mark it. A call that raises leaves all as it was."""
+        cdef int32_t stream
+        cdef unsigned char *at
+        cdef int32_t *count
+        cdef RowMark *mark
+        cdef bint new_stream = False
+        known = self.streams.get(stream_id)
+        if known is None:
+            stream = <int32_t>len(self.streams)
+            new_stream = True
+        else:
+            stream = known
+        # Room first, in all three buffers; sizes are put back if one of them cannot grow.
+        cdef Py_ssize_t rows_size = self.rows.size
+        cdef Py_ssize_t marks_size = self.marks.size
+        cdef Py_ssize_t counts_size = self.event_counts.size
+        try:
+            mark = <RowMark *>self.marks.reserve(sizeof(RowMark))
+            if new_stream:
+                count = <int32_t *>self.event_counts.reserve(sizeof(int32_t))
+                count[0] = 0
+                self.streams[stream_id] = stream
+            else:
+                count = self.count_of(stream)
+            at = self.rows.reserve(size)
+        except BaseException:
+            self.rows.size = rows_size
+            self.marks.size = marks_size
+            self.event_counts.size = counts_size
+            if new_stream:
+                self.streams.pop(stream_id, None)
+            raise
+        mark.offset = rows_size
+        mark.stream = stream
+        mark.nth = count[0]
+        mark.undated = undated
+        count[0] += 1
+        return at
+
+    cdef void end_row(self) noexcept:
         self.row_count_ += 1
         self.placed = False
         self.changes += 1
+
+    def select(self, row_numbers):
+        """Return new EventRows that hold only these rows (numbers from 0, rising), their place open again.
+
+        Raises IndexError for a number that is not there, ValueError where they do not rise.
+        """
+        cdef EventRows chosen = EventRows()
+        cdef Py_ssize_t number, last = -1
+        for wanted in row_numbers:
+            number = PyNumber_AsSsize_t(wanted, IndexError)
+            if number <= last:
+                raise ValueError("row numbers must rise, from 0")
+            chosen.copy_row(self, number)
+            last = number
+        return chosen
+
+    cdef int copy_row(self, EventRows source, Py_ssize_t index) except -1:
+        cdef Py_ssize_t start = 0, size = 0
+        cdef bint undated
+        cdef unsigned char *at
+        cdef bytes stream_id
+        source.find_row(index, &start, &size)
+        undated = (<RowMark *>source.marks.place(index * sizeof(RowMark), sizeof(RowMark))).undated
+        stream_id = PyBytes_FromStringAndSize(<const char *>source.rows.place(start + AT_STREAM_ID, 16), 16)
+        at = self.begin_row(stream_id, size, undated)
+        memcpy(at, source.rows.place(start, size), size)
+        write_int32(at + AT_SEQUENCE_NO, self.row_count_)
+        self.end_row()
+        return 0
+
+    def event_ids(self):
+        """Return the ids of all rows as a ``uuid[]`` in binary form."""
+        cdef Py_ssize_t i, start = 0, size = 0
+        cdef Sink ids = Sink()
+        for i in range(self.row_count_):
+            self.find_row(i, &start, &size)
+            memcpy(ids.reserve(16), self.rows.place(start + AT_EVENT_ID, 16), 16)
+        return encode_array(UUID_OID, self.row_count_, ids.start, 16)
+
+    def is_dated(self, Py_ssize_t index):
+        """Whether a row brought a time of its own. Raises IndexError."""
+        cdef Py_ssize_t start = 0, size = 0
+        self.find_row(index, &start, &size)
+        return not (<RowMark *>self.marks.place(index * sizeof(RowMark), sizeof(RowMark))).undated
 
     def stream_arrays(self):
         """Return ``(uuid[], bigint[])`` in binary form: the distinct streams in byte order, and the events for each.
@@ -382,13 +434,20 @@ cdef class EventRows:
 
     def row(self, Py_ssize_t index):
         """Return the bytes of one row. Raises IndexError."""
+        cdef Py_ssize_t start = 0, size = 0
+        self.find_row(index, &start, &size)
+        return PyBytes_FromStringAndSize(<const char *>self.rows.place(start, size), size)
+
+    cdef int find_row(self, Py_ssize_t index, Py_ssize_t *start, Py_ssize_t *size) except -1:
+        """Where a row lies in the buffer. Raises IndexError."""
         if not 0 <= index < self.row_count_:
             raise IndexError(index)
-        cdef Py_ssize_t start = (<RowMark *>self.marks.place(index * sizeof(RowMark), sizeof(RowMark))).offset
         cdef Py_ssize_t end = self.rows.size
+        start[0] = (<RowMark *>self.marks.place(index * sizeof(RowMark), sizeof(RowMark))).offset
         if index + 1 < self.row_count_:
             end = (<RowMark *>self.marks.place((index + 1) * sizeof(RowMark), sizeof(RowMark))).offset
-        return PyBytes_FromStringAndSize(<const char *>self.rows.place(start, end - start), end - start)
+        size[0] = end - start[0]
+        return 0
 
     cdef int32_t *count_of(self, int32_t stream) except NULL:
         return <int32_t *>self.event_counts.place(stream * <Py_ssize_t>sizeof(int32_t), sizeof(int32_t))

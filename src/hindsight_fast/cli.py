@@ -28,7 +28,7 @@ from .demo import DATABASE as DEMO_DATABASE
 from .demo import default_data_dir, run_demo
 from .embedded import EmbeddedServer
 from .errors import HindsightError, ImportFailed, SchemaError
-from .importer import ImportProgress, ImportReport, check_import_id
+from .importer import MOST_JOBS, ImportProgress, ImportReport, check_import_id
 from .progress import EventProgress
 from .schema import LAYOUT, check_schema_name, schema_sql
 from .status import ImportStatus, StoreStatus, read_status
@@ -274,13 +274,26 @@ def init(source: DataSource, only_print: bool) -> None:
 @click.option(
     "--chunk-size", type=click.IntRange(min=1), metavar="N", help="Events a commit.  [default: 250 ms' worth]"
 )
+@click.option(
+    "--jobs", type=click.IntRange(1, MOST_JOBS), default=1, metavar="N",
+    help="Connections that store at a time; order is then kept within each stream.  [default: 1]",
+)  # fmt: skip
+@click.option(
+    "--on-error", type=click.Path(dir_okay=False), default="stop", metavar="stop|PATH",
+    help="Go on behind bad lines: they go to PATH, and why to PATH.reasons.  [default: stop]",
+)  # fmt: skip
+@click.option("--max-errors", type=click.IntRange(min=0), metavar="N", help="Stop at more bad lines than this.")
+@click.option("--max-rate", type=click.FloatRange(min=0, min_open=True), metavar="N", help="Events a second, at most.")
+@click.option("--dry-run", is_flag=True, help="Check everything, store nothing, and project the time.")
 @click.option("--json", "as_json", is_flag=True, help="The report as one JSON object.")
 @common_options
-def import_(source: DataSource, file: str, import_id: str | None, chunk_size: int | None, as_json: bool) -> None:
+def import_(source: DataSource, file: str, import_id: str | None, as_json: bool, **options: Any) -> None:
     """Append the events of FILE (NDJSON, .gz too; - for standard input) in their order.
 
     Killed or interrupted, the same command goes on where it stopped; what is stored already is skipped.
     """
+    if options["max_errors"] is not None and options["on_error"] == "stop":
+        raise click.UsageError("--max-errors goes with --on-error PATH")
     if import_id is None:
         if file == "-":
             raise click.UsageError("standard input has no name: give --import-id ID, the same one to go on later")
@@ -295,7 +308,7 @@ def import_(source: DataSource, file: str, import_id: str | None, chunk_size: in
             raise SchemaError(
                 f"{error}. Create the schema first: hindsight init{source.options()}", schema=error.schema
             ) from error
-        report = _run_import(store, file, import_id, chunk_size, before)
+        report = _run_import(store, file, import_id, before, options)
     if as_json:
         _print_json(_import_dict(report))
     else:
@@ -303,7 +316,7 @@ def import_(source: DataSource, file: str, import_id: str | None, chunk_size: in
 
 
 def _run_import(
-    store: EventStore, file: str, import_id: str, chunk_size: int | None, before: ImportStatus | None
+    store: EventStore, file: str, import_id: str, before: ImportStatus | None, options: dict[str, Any]
 ) -> ImportReport:
     stored = before.events if before is not None else 0
     if before is not None:
@@ -317,7 +330,7 @@ def _run_import(
 
     try:
         with progress:
-            return store.import_events(file, import_id=import_id, chunk_size=chunk_size, progress=show)
+            return store.import_events(file, import_id=import_id, progress=show, **options)
     except KeyboardInterrupt:
         same_input = ", with the same input," if file == "-" else ""
         _interrupted(
@@ -348,8 +361,17 @@ def _import_dict(report: ImportReport) -> dict[str, Any]:
 def _import_text(report: ImportReport) -> str:
     rate = report.events / max(report.seconds, 1e-6)
     megabytes = report.bytes / 1e6
+    if report.projected_seconds is None:
+        first = f"{report.events:,} events imported, {report.skipped_events + report.known_events:,} were there already"
+    else:
+        first = (
+            f"{report.events:,} events to import in about {report.projected_seconds:,.0f} s,"
+            f" {report.skipped_events + report.known_events:,} are there already; nothing was stored"
+        )
+    if report.bad_lines:
+        first += f"; {report.bad_lines:,} bad lines set aside"
     lines = [
-        f"{report.events:,} events imported, {report.skipped_events:,} were there already",
+        first,
         f"{report.new_streams:,} new streams, {report.lines:,} lines, {megabytes:,.1f} MB",
         f"{report.seconds:.2f} s, {rate:,.0f} events/s, {megabytes / max(report.seconds, 1e-6):,.1f} MB/s",
     ]

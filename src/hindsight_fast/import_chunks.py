@@ -1,12 +1,15 @@
 """Lines into chunks: what is read of a source is encoded, chunk after chunk, as much at a time as one is told to.
 
-No I/O but the source's own. A chunk is encoded whole before anything is locked.
+No I/O but the source's own. With several shards a stream's lines all go to one of them, and each shard has chunks and
+checkpoints of its own.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Final
 
@@ -16,11 +19,11 @@ from .import_lines import BadLine, LineReader
 from .import_source import LineSource, SourceError
 
 MOST_CHUNK_BYTES: Final = 32 * 1024 * 1024
-"""Two chunks are in memory at a time: the one being sent and the one being encoded."""
+"""What chunks being encoded take together; as much again is being sent."""
 STEP_LINES: Final = 50
 """Lines encoded between two looks at the socket: about 0.15 ms, while its buffer holds milliseconds of work."""
-
-_NOT_UTF8: Final = b"\xff"  # stands for a line that holds such bytes; recognised by identity
+SHARD_LAG: Final = 8
+"""A shard that gets few events is stored after so many chunks' lines all the same, so that its checkpoint keeps up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,96 +34,133 @@ class Checkpoint:
     byte_offset: int
     digest: bytes
 
+    @classmethod
+    def at_start(cls) -> Checkpoint:
+        return cls(0, 0, blake2b(digest_size=32).digest())
+
+
+@dataclass(frozen=True, slots=True)
+class RejectedLine:
+    """A line that cannot be imported: its number, the byte where it begins, why, and the line itself."""
+
+    line_no: int
+    byte_offset: int
+    reason: str
+    line: bytes
+
 
 @dataclass(slots=True)
 class Chunk:
-    """Encoded events and the places where their lines begin and end in the source."""
+    """Encoded events of one shard, and what lies between two of its checkpoints.
 
-    rows: EventRows
+    ``line_nos`` and ``offsets`` tell of each row where its line stood; ``lines``, the lines themselves, are kept only
+    where bad ones are collected. ``known`` counts rows that were taken out because the store has them.
+    """
+
     start: Checkpoint
-    end: Checkpoint
-    blank_lines: list[int]
-    at_end: bool
+    shard: int = 0
+    rows: EventRows = field(default_factory=EventRows)
+    line_nos: array[int] = field(default_factory=lambda: array("q"))
+    offsets: array[int] = field(default_factory=lambda: array("q"))
+    lines: list[bytes] | None = None
+    rejected: list[RejectedLine] = field(default_factory=list)
+    end: Checkpoint = field(default_factory=Checkpoint.at_start)
+    at_end: bool = False
+    known: int = 0
 
-    def line_of_row(self, row_no: int) -> int:
-        """Return the number of the line that the chunk's row *row_no* (from 1) came from."""
-        line_no = self.start.line_no + row_no
-        for blank in self.blank_lines:
-            if blank <= line_no:
-                line_no += 1
-        return line_no
+    def reject(self, row: int, reason: str) -> None:
+        """Move a row's line to the rejected ones."""
+        assert self.lines is not None
+        self.rejected.append(RejectedLine(self.line_nos[row], self.offsets[row], reason, self.lines[row]))
+        self.rejected.sort(key=lambda rejected: rejected.line_no)
+        self.keep([kept for kept in range(len(self.rows)) if kept != row])
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Take out all rows but these."""
+        self.rows = self.rows.select(rows)
+        self.line_nos = array("q", (self.line_nos[row] for row in rows))
+        self.offsets = array("q", (self.offsets[row] for row in rows))
+        if self.lines is not None:
+            self.lines = [self.lines[row] for row in rows]
 
 
 class ChunkMaker:
-    """Reads lines and encodes them, chunk after chunk, as much at a time as it is told to."""
+    """Reads lines and encodes them, chunk after chunk, as much at a time as it is told to.
 
-    def __init__(self, source: LineSource, import_id: str, most_events: int) -> None:
+    With *collect* a bad line goes to its chunk's rejected ones, otherwise it ends everything.
+    """
+
+    def __init__(
+        self, source: LineSource, import_id: str, most_events: int, *, shard_count: int = 1, collect: bool = False
+    ) -> None:
         self.most_events = most_events
         self._source = source
         self._import_id = import_id
+        self._collect = collect
         self._reader = LineReader(import_id)
         self._digest = blake2b(digest_size=32)
         self._digested = 0  # bytes of the block that the digest has seen
         self._block = b""
         self._block_at = 0  # where in the block the next line begins
         self._waiting: deque[bytes] = deque()
+        self._damaged = False  # the block holds bytes that are not UTF-8
         self._line_no = 0
         self._offset = 0
         self._ended = False
         self._failure: Exception | None = None  # raised when its chunk is due: the one before it is not to blame
-        self._begin()
+        self._chunks = [self._new_chunk(shard) for shard in range(shard_count)]
+        # Where each line goes: None for a shard whose checkpoint lies further on.
+        self._targets: list[EventRows | None] = [chunk.rows for chunk in self._chunks]
+        self._ahead: list[Checkpoint] = []  # of those shards, the nearest first
 
-    def skip_to(self, checkpoint: Checkpoint) -> None:
-        """Pass over the lines before *checkpoint*. Raises ImportFailed if they are not the ones it was made after."""
-        block, rest = b"", 0
-        while self._offset < checkpoint.byte_offset:
-            try:
-                following = self._source.next_block(wait=True)
-            except SourceError as error:
-                raise self._failed(error.reason, error.line_no, None) from error
-            if following == "end" or following == "not yet":
-                raise self._changed(checkpoint, "it is shorter now")
-            block, rest = following, checkpoint.byte_offset - self._offset
-            self._digest.update(memoryview(block)[:rest])
-            self._offset += min(rest, len(block))
-        self._line_no = checkpoint.line_no
-        if self._digest.digest() != checkpoint.digest:
-            raise self._changed(checkpoint, "its bytes differ now")
-        self._begin()
-        if rest < len(block):
-            self._take_block(block, rest)
-            if rest and block[rest - 1 : rest] != b"\n":
-                # The last line done had no newline yet. What comes before the next one still belongs to it.
-                remainder = self._waiting.popleft()
-                if remainder and not remainder.isspace():
-                    raise self._changed(checkpoint, "its last line went on")
-                self._offset += len(remainder) + 1
-                self._block_at += len(remainder) + 1
-                self._correct_end()
+    def skip_to(self, checkpoints: Sequence[Checkpoint]) -> None:
+        """Pass over the lines that every shard has, and later over those that some have: one checkpoint for each.
+
+        Raises ImportFailed, now or when the place is reached, if they are not the lines that it was made after.
+        """
+        first = min(checkpoints, key=lambda checkpoint: checkpoint.line_no)
+        self._skip_to(first)
+        for chunk, checkpoint in zip(self._chunks, checkpoints, strict=True):
+            chunk.start = checkpoint
+        self._ahead = sorted(
+            (checkpoint for checkpoint in set(checkpoints) if checkpoint.line_no > first.line_no),
+            key=lambda checkpoint: checkpoint.line_no,
+        )
+        self._aim()
 
     def step(self, *, wait: bool, lines: int = STEP_LINES) -> bool:
-        """Encode up to *lines* more lines. False if the chunk is done, or the source has nothing ready."""
+        """Encode up to *lines* more lines. False if a chunk is done, or the source has nothing ready."""
         if self.done:
             return False
         if not self._waiting and not self._next_block(wait=wait):
             return False
-        rows, add, waiting = self._rows, self._reader.add, self._waiting
-        room = min(lines, len(waiting), self.most_events - len(rows))
+        add, waiting, targets, chunks = self._reader.add, self._waiting, self._targets, self._chunks
+        fullest = max([len(chunk.rows) + len(chunk.rejected) for chunk in chunks])
+        room = min(lines, len(waiting), self.most_events - fullest)
+        if self._ahead:
+            room = min(room, self._ahead[0].line_no - self._line_no)
         for _ in range(room):
             line = waiting.popleft()
             self._line_no += 1
             if line and not line.isspace():
                 try:
-                    add(line, self._line_no, rows)
+                    if self._damaged:
+                        _check_utf8(line)
+                    chunk = chunks[add(line, self._line_no, targets)]
                 except BadLine as error:
-                    reason = "invalid UTF-8" if line is _NOT_UTF8 else str(error)
-                    self._failure = self._failed(reason, self._line_no, self._offset)
-                    return False
-            else:
-                self._blank_lines.append(self._line_no)
+                    if not self._reject(line, str(error)):
+                        return False
+                else:
+                    if len(chunk.rows) > len(chunk.line_nos):
+                        chunk.line_nos.append(self._line_no)
+                        chunk.offsets.append(self._offset)
+                        if chunk.lines is not None:
+                            chunk.lines.append(line)
             self._offset += len(line) + 1
             self._block_at += len(line) + 1
         self._correct_end()
+        if self._ahead and self._line_no == self._ahead[0].line_no:
+            self._pass_checkpoint()
         return True
 
     def _correct_end(self) -> None:
@@ -131,34 +171,68 @@ class ChunkMaker:
 
     @property
     def done(self) -> bool:
-        """Whether the chunk is full, or nothing can follow it."""
-        return (
-            self._ended
-            or self._failure is not None
-            or len(self._rows) >= self.most_events
-            or self._rows.byte_count >= MOST_CHUNK_BYTES
-        )
+        """Whether a chunk is full, or nothing can follow it."""
+        return self._ended or self._failure is not None or bool(self._full())
 
-    def finish(self) -> Chunk:
-        """Complete the chunk, waiting for the source where need be, and begin the next one.
+    def finish(self) -> list[Chunk]:
+        """Complete what is full, waiting for the source where need be, and begin the next; at the end, complete all.
 
-        Raises ImportFailed if one of its lines is bad, or what the source raised: nothing of such a chunk is stored.
+        Raises ImportFailed if a line is bad (unless those are collected), or what the source raised: nothing of such a
+        chunk is stored.
         """
         while self.step(wait=True, lines=1_000):
             pass
         if self._failure is not None:
             raise self._failure
+        if self._ended and self._ahead:
+            raise self._changed(self._ahead[0], "it is shorter now")
+        end = self._here()
+        finished = list(self._chunks) if self._ended else self._full()
+        for chunk in finished:
+            chunk.end, chunk.at_end = end, self._ended
+            self._chunks[chunk.shard] = self._new_chunk(chunk.shard)
+        self._aim()
+        return finished
+
+    def _full(self) -> list[Chunk]:
+        chunks = self._chunks
+        if sum([chunk.rows.byte_count for chunk in chunks]) >= MOST_CHUNK_BYTES:
+            return [max(chunks, key=lambda chunk: chunk.rows.byte_count)]
+        most = self.most_events
+        return [
+            chunk
+            for chunk in chunks
+            if len(chunk.rows) + len(chunk.rejected) >= most
+            or (len(chunks) > 1 and self._line_no - chunk.start.line_no >= SHARD_LAG * len(chunks) * most)
+        ]
+
+    def _new_chunk(self, shard: int) -> Chunk:
+        return Chunk(self._here(), shard, lines=[] if self._collect else None)
+
+    def _here(self) -> Checkpoint:
+        """The place behind the last line that was read."""
         self._digest.update(memoryview(self._block)[self._digested : self._block_at])
         self._digested = self._block_at
-        end = Checkpoint(self._line_no, self._offset, self._digest.digest())
-        chunk = Chunk(self._rows, self._start, end, self._blank_lines, self._ended)
-        self._begin()
-        return chunk
+        return Checkpoint(self._line_no, self._offset, self._digest.digest())
 
-    def _begin(self) -> None:
-        self._rows = EventRows()
-        self._blank_lines: list[int] = []
-        self._start = Checkpoint(self._line_no, self._offset, self._digest.digest())
+    def _aim(self) -> None:
+        self._targets[:] = [None if chunk.start.line_no > self._line_no else chunk.rows for chunk in self._chunks]
+
+    def _pass_checkpoint(self) -> None:
+        checkpoint = self._ahead.pop(0)
+        if self._here() != checkpoint:
+            self._failure = self._changed(checkpoint, "its bytes differ now")
+        self._aim()
+
+    def _reject(self, line: bytes, reason: str) -> bool:
+        """Note a bad line. False if it ends the import."""
+        if not self._collect:
+            self._failure = self._failed(reason, self._line_no, self._offset)
+            return False
+        if self._targets[0] is not None:
+            # Whichever shard it might have been for.
+            self._chunks[0].rejected.append(RejectedLine(self._line_no, self._offset, reason, line))
+        return True
 
     def _next_block(self, *, wait: bool) -> bool:
         try:
@@ -185,19 +259,41 @@ class ChunkMaker:
         text = block[start:] if start else block
         if self._offset == 0 and text.startswith(b"\xef\xbb\xbf"):
             text = b"   " + text[3:]  # a byte order mark, passed over as white space; offsets stay true
-        damaged = False
         try:
             # Checked a block at a time: what lies inside data is not decoded here, and the server would refuse it late.
             text.decode()
-        except UnicodeDecodeError as error:
-            # The lines before the damage are good; the one that holds it fails, and nothing after it is read.
-            text = text[: text.rfind(b"\n", 0, error.start) + 1]
-            damaged = True
+            self._damaged = False
+        except UnicodeDecodeError:
+            self._damaged = True
         self._waiting = deque(text.split(b"\n"))
         if not self._waiting[-1]:
             self._waiting.pop()
-        if damaged:
-            self._waiting.append(_NOT_UTF8)
+
+    def _skip_to(self, checkpoint: Checkpoint) -> None:
+        block, rest = b"", 0
+        while self._offset < checkpoint.byte_offset:
+            try:
+                following = self._source.next_block(wait=True)
+            except SourceError as error:
+                raise self._failed(error.reason, error.line_no, None) from error
+            if following == "end" or following == "not yet":
+                raise self._changed(checkpoint, "it is shorter now")
+            block, rest = following, checkpoint.byte_offset - self._offset
+            self._digest.update(memoryview(block)[:rest])
+            self._offset += min(rest, len(block))
+        self._line_no = checkpoint.line_no
+        if self._digest.digest() != checkpoint.digest:
+            raise self._changed(checkpoint, "its bytes differ now")
+        if rest < len(block):
+            self._take_block(block, rest)
+            if rest and block[rest - 1 : rest] != b"\n":
+                # The last line done had no newline yet. What comes before the next one still belongs to it.
+                remainder = self._waiting.popleft()
+                if remainder and not remainder.isspace():
+                    raise self._changed(checkpoint, "its last line went on")
+                self._offset += len(remainder) + 1
+                self._block_at += len(remainder) + 1
+                self._correct_end()
 
     def _failed(self, reason: str, line_no: int | None, offset: int | None) -> ImportFailed:
         return ImportFailed(
@@ -206,7 +302,7 @@ class ChunkMaker:
             source=self._source.name,
             line_no=line_no,
             byte_offset=offset,
-            stored_lines=self._start.line_no,
+            stored_lines=min(chunk.start.line_no for chunk in self._chunks),
         )
 
     def _changed(self, checkpoint: Checkpoint, how: str) -> ImportFailed:
@@ -217,3 +313,10 @@ class ChunkMaker:
             source=self._source.name,
             stored_lines=checkpoint.line_no,
         )
+
+
+def _check_utf8(line: bytes) -> None:
+    try:
+        line.decode()
+    except UnicodeDecodeError as error:
+        raise BadLine("invalid UTF-8") from error

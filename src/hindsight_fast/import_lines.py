@@ -6,10 +6,12 @@ No I/O. ``data`` and ``metadata`` are lifted out as they stand, byte for byte.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from datetime import datetime
 from hashlib import blake2b
 from typing import Final
 from uuid import UUID
+from zlib import crc32
 
 import msgspec
 
@@ -60,11 +62,18 @@ class LineReader:
         """Return the 16 bytes of the id of an event that brings none."""
         return (self._id_base | line_no << 22).to_bytes(16, "big")
 
-    def add(self, line: bytes, line_no: int, rows: EventRows) -> None:
-        """Add *line* to *rows*. Raises BadLine, with *rows* as they were."""
+    def add(self, line: bytes, line_no: int, shards: Sequence[EventRows | None]) -> int:
+        """Add *line* to the rows of its shard, the one of *shards* that its stream belongs to; returns which one it is.
+
+        None stands for a shard that has the line already. Raises BadLine, with all rows as they were.
+        """
         try:
             event = self._decode(line)
             stream_id = self._streams.get(event.stream) or self._stream_id(event.stream)
+            shard = crc32(stream_id) % len(shards) if len(shards) > 1 else 0
+            rows = shards[shard]
+            if rows is None:
+                return shard
             metadata = None if event.metadata is _ABSENT else event.metadata
             has_metadata = check_fields(line, event.data, metadata)
             rows.add(
@@ -77,6 +86,7 @@ class LineReader:
                 None if event.correlation_id is None else event.correlation_id.bytes,
                 metadata if has_metadata else None,
             )
+            return shard
         except BadLine:
             raise
         except RecursionError:

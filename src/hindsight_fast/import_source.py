@@ -14,7 +14,8 @@ import sys
 import threading
 import zlib
 from collections.abc import Iterable, Iterator
-from typing import BinaryIO, Final, Literal, cast
+from types import TracebackType
+from typing import BinaryIO, Final, Literal, Self, cast
 
 ImportSource = str | os.PathLike[str] | BinaryIO | Iterable[bytes]
 
@@ -99,6 +100,14 @@ class LineSource:
         if block is not None:
             raise block
         return "end"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
 
     def close(self) -> None:
         """Stop reading ahead. A thread that is stuck in a read of the caller's file is left to it."""

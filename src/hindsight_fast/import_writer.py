@@ -1,9 +1,8 @@
 """Storing chunks: each one an append by COPY that commits together with its checkpoint.
 
-The pipeline runs in one thread. While the server works on what was sent, the next chunk is read and encoded in small
-steps, and before every step the socket is asked whether it takes more: with a second thread the sender would have to
-wait for the interpreter lock, 5 ms by default, before each of its blocks. From the first lock to the commit only bytes
-that exist are sent.
+While the server works on what was sent, the same thread reads and encodes the next chunk in small steps, and before
+every step the socket is asked whether it takes more: a second thread that sends would have to wait for the interpreter
+lock, 5 ms by default, before each of its blocks. From the first lock to the commit only bytes that exist are sent.
 """
 
 from __future__ import annotations
@@ -11,30 +10,60 @@ from __future__ import annotations
 import random
 import select
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import psycopg
+from psycopg import errors
 from psycopg.adapt import Dumper
-from psycopg.errors import DeadlockDetected, LockNotAvailable, ProgramLimitExceeded, StatementTooComplex
 from psycopg.pq import Format
+from psycopg.rows import tuple_row
 
-from ._core import Cursor
+from ._core import Cursor, EventRows, RecordedEvent, decode_row
 from .errors import ImportFailed
 from .import_chunks import Checkpoint, Chunk, ChunkMaker
+from .import_rejects import RejectFile, TooManyRejects
+from .reading import MAX_HOLD_S
+from .results import events_of
 from .schema import LAYOUT, refusal_of
-from .statements import LIMIT_LOCK_WAIT
+from .statements import CHECK_DEFERRED, LIMIT_CHUNK
 
 if TYPE_CHECKING:
     from .statements import Statements
 
+T = TypeVar("T")
+
 BLOCK_BYTES: Final = 64 * 1024
 LOCK_PATIENCE_S: Final = 60.0
 """How long a chunk is tried again while others hold its streams; each try ends by itself after two seconds."""
+
+# What the server says of a row that it does not take, at once or at the commit.
+ROW_ERRORS: Final = (
+    errors.DataError, errors.IntegrityError, errors.ProgramLimitExceeded, errors.StatementTooComplex,
+    errors.RaiseException,
+)  # fmt: skip
 OWN_CONSTRAINTS: Final = frozenset({"events_pkey", "events_stream_key", "events_event_id_key"})
+IDS_CONSTRAINT: Final = "events_event_id_key"
 
 _EPOCH: Final = datetime(2000, 1, 1, tzinfo=UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What became of a chunk: events stored, streams begun, rows left out as known, lines rejected."""
+
+    events: int
+    new_streams: int
+    known: int
+    rejected: int
+    first: Cursor | None
+    seconds: float
+
+    @property
+    def last(self) -> Cursor | None:
+        return None if self.first is None else Cursor(self.first.transaction_no, self.events - 1)
 
 
 class UuidArray(bytes):
@@ -61,8 +90,51 @@ class _BigintArrayDumper(Dumper):
         return obj
 
 
+class _Refused(Exception):
+    """A row of the chunk that cannot be stored, and why."""
+
+    def __init__(self, row: int, reason: str) -> None:
+        super().__init__(reason)
+        self.row = row
+        self.reason = reason
+
+
+def find_checkpoints(
+    connection: psycopg.Connection[Any],
+    statements: Statements,
+    import_id: str,
+    source_name: str,
+    jobs: int,
+    *,
+    begin: bool = True,
+) -> tuple[list[Checkpoint], int]:
+    """Return how far each of an import's shards has come, and how many events it has stored; all zero if it is new.
+
+    With *begin* it is then on record. Raises ImportFailed if it was begun with another number of jobs.
+    """
+    with connection.transaction():
+        if begin:
+            _execute(connection, statements, statements.start_import, (import_id, jobs, jobs))
+        rows = _execute(connection, statements, statements.find_import, (import_id,)).fetchall()
+        if rows and rows[0][4] != jobs:
+            # Raised in here, so that nothing is left of what was begun just now.
+            raise ImportFailed(
+                f"the import {import_id!r} was begun with jobs={rows[0][4]}: go on with as many",
+                import_id=import_id,
+                source=source_name,
+                stored_lines=min(row[0] for row in rows),
+            )
+    start = Checkpoint.at_start()
+    if not rows:
+        return [start] * jobs, 0
+    return [Checkpoint(row[0], row[1], row[2] or start.digest) for row in rows], sum(row[3] for row in rows)
+
+
 class ChunkWriter:
-    """Stores chunks: each one transaction that locks, numbers, copies, and moves the import's checkpoint."""
+    """Stores the chunks of one shard: each one transaction that locks, numbers, copies, and moves the checkpoint.
+
+    With *rejects* a line that the server refuses goes there, otherwise it ends the import.
+    """
 
     def __init__(
         self,
@@ -71,65 +143,92 @@ class ChunkWriter:
         import_id: str,
         source_name: str,
         generation: int,
+        rejects: RejectFile | None = None,
     ) -> None:
         self._connection = connection
         self._statements = statements
         self._import_id = import_id
         self._source_name = source_name
         self._generation = generation
+        self._rejects = rejects
+        self._look_up_ids = False  # on from the first known id to the first chunk without one
         self._socket = select.poll()
         self._socket.register(connection.fileno(), select.POLLOUT)
 
-    def find_checkpoint(self) -> tuple[Checkpoint, int]:
-        """Return how far this import has come, and how many events it has stored; all zero if it is new."""
-        self._execute(self._statements.start_import, (self._import_id,))
-        row = self._execute(self._statements.find_import, (self._import_id,)).fetchone()
-        assert row is not None
-        line_no, byte_offset, digest, event_count, _finished, _shard_count = row
-        return Checkpoint(line_no, byte_offset, digest or blake2b(digest_size=32).digest()), event_count
-
-    def store(self, chunk: Chunk, meanwhile: ChunkMaker) -> tuple[Cursor | None, int]:
+    def store(self, chunk: Chunk, meanwhile: ChunkMaker | None = None) -> Stored:
         """Store *chunk*; encode on with *meanwhile* while the server is busy.
 
-        Returns the cursor of its first event (None without events) and how many of its streams are new. Raises
-        ImportFailed where the server refuses a row, a rival moved the checkpoint, or the streams stay locked; nothing
-        is stored then.
+        Rows whose events the store has already, under the same ids and with the same content, are left out. Raises
+        ImportFailed where the server refuses a row (unless such lines are collected), a rival moved the checkpoint, or
+        the streams stay locked; nothing is stored then.
         """
         began = time.monotonic()
         while True:
+            self._write_rejects(chunk)
             try:
-                return self._try_to_store(chunk, meanwhile)
-            except (DeadlockDetected, LockNotAvailable) as error:
-                # Somebody holds a stream of ours, or waits in another order than ours. Let go of all, and try again.
+                first, new_streams = self._while_locked(chunk, lambda: self._try_to_store(chunk, meanwhile))
+                return Stored(
+                    len(chunk.rows), new_streams, chunk.known, len(chunk.rejected), first, time.monotonic() - began
+                )
+            except ROW_ERRORS as error:
+                refusal: psycopg.Error | _Refused = error
+            except _Refused as refused:
+                refusal = refused
+            # Out here, where nothing is chained to it: the server's detail and context quote what is stored, and
+            # tracebacks end up in logs.
+            if isinstance(refusal, _Refused):
+                self._refuse(chunk, refusal.row, refusal.reason)
+                continue
+            constraint = refusal.diag.constraint_name
+            if constraint == IDS_CONSTRAINT and time.monotonic() - began < LOCK_PATIENCE_S:
+                # Somebody has these ids: the next try finds out who. (A rival may bring them after the look-up, too.)
+                self._look_up_ids = True
+                continue
+            row, reason = self._refused_row(refusal, chunk), _reason_of(refusal)
+            if constraint in OWN_CONSTRAINTS:
+                raise self._failed(reason, chunk, row)  # no fault of the line's
+            self._refuse(chunk, row, reason)
+
+    def _while_locked(self, chunk: Chunk, attempt: Callable[[], T]) -> T:
+        """Return what *attempt* does, tried again while others hold a stream of ours or wait in another order."""
+        began = time.monotonic()
+        while True:
+            try:
+                return attempt()
+            except (errors.DeadlockDetected, errors.LockNotAvailable) as error:
                 if time.monotonic() - began > LOCK_PATIENCE_S:
                     what = error.diag.message_primary or str(error)
                     reason = f"streams of the chunk stayed locked for {LOCK_PATIENCE_S:.0f} s: {what}"
                     raise self._failed(reason, chunk) from error
                 time.sleep(random.uniform(0.005, 0.05))
 
-    def _try_to_store(self, chunk: Chunk, meanwhile: ChunkMaker) -> tuple[Cursor | None, int]:
+    def _try_to_store(self, chunk: Chunk, meanwhile: ChunkMaker | None) -> tuple[Cursor | None, int]:
         first, new_streams = None, 0
         # Ends on every error, so that no lock outlives this call.
         with self._connection.transaction():
-            self._execute(LIMIT_LOCK_WAIT.encode(), ())
-            # First, so that a rival is met here and not at its events' ids: it waits, and then finds the row moved.
+            self._limit()
+            if self._look_up_ids and len(chunk.rows):
+                self._leave_out_known(chunk)
+            # Before all locks of streams, so that a rival is met here: it waits, and then finds the row moved.
             moved = self._execute(
                 self._statements.move_import,
                 (
                     chunk.end.line_no, chunk.end.byte_offset, chunk.end.digest, len(chunk.rows), chunk.at_end,
-                    self._import_id, chunk.start.line_no, chunk.start.byte_offset,
+                    self._import_id, chunk.shard, chunk.start.line_no, chunk.start.byte_offset,
                 ),
             )  # fmt: skip
             if moved.rowcount != 1:
                 raise self._failed(f"another process runs the import {self._import_id!r}, and has moved on", chunk)
             if len(chunk.rows):
-                first, new_streams = self._copy(chunk, meanwhile)
+                first, new_streams = self._copy(chunk.rows, meanwhile)
             # Last, in a snapshot of its own: what was committed while this append waited for its locks counts too.
             self._execute(self._statements.check_writable, (LAYOUT, self._generation))
         return first, new_streams
 
-    def _copy(self, chunk: Chunk, meanwhile: ChunkMaker) -> tuple[Cursor, int]:
-        rows = chunk.rows
+    def _limit(self) -> None:
+        self._execute(LIMIT_CHUNK.encode(), (f"{MAX_HOLD_S * 1000:.0f}ms",))
+
+    def _copy(self, rows: EventRows, meanwhile: ChunkMaker | None) -> tuple[Cursor, int]:
         stream_ids, event_counts = rows.stream_arrays()
         begun = self._execute(self._statements.begin_copy, (UuidArray(stream_ids), BigintArray(event_counts)))
         result = begun.pgresult
@@ -141,15 +240,16 @@ class ChunkWriter:
         number = int.from_bytes(transaction_no, "big")
         now = _EPOCH + timedelta(microseconds=int.from_bytes(started_at, "big", signed=True))
         new_streams = rows.place(number, head_versions, now)
-        try:
-            with begun.copy(self._statements.copy_events) as copy:
-                for block in rows.blocks(BLOCK_BYTES):
-                    self._work_until_writable(meanwhile)
-                    copy.write(block)
-        except (psycopg.DataError, psycopg.IntegrityError, ProgramLimitExceeded, StatementTooComplex) as error:
-            # Not chained: the server's detail and context quote what is stored, and tracebacks end up in logs.
-            raise self._refused(error, chunk) from None
+        self._send(self._statements.copy_events, rows, meanwhile)
         return Cursor(number, 0), new_streams
+
+    def _send(self, statement: bytes, rows: EventRows, meanwhile: ChunkMaker | None) -> None:
+        """Send placed *rows* by a COPY statement."""
+        with psycopg.Cursor(self._connection).copy(statement) as copy:
+            for block in rows.blocks(BLOCK_BYTES):
+                if meanwhile is not None:
+                    self._work_until_writable(meanwhile)
+                copy.write(block)
 
     def _work_until_writable(self, meanwhile: ChunkMaker) -> None:
         while not self._socket.poll(0):
@@ -158,34 +258,129 @@ class ChunkWriter:
                 self._socket.poll(1_000)
                 return
 
-    def _execute(self, statement: bytes, parameters: tuple[Any, ...]) -> psycopg.Cursor[tuple[Any, ...]]:
-        cursor: psycopg.Cursor[tuple[Any, ...]] = psycopg.Cursor(self._connection)
-        cursor.adapters.register_dumper(UuidArray, _UuidArrayDumper)
-        cursor.adapters.register_dumper(BigintArray, _BigintArrayDumper)
+    def _leave_out_known(self, chunk: Chunk) -> None:
+        """Take out rows whose events are stored, or stand in the chunk before. Raises _Refused for other content."""
+        rows = chunk.rows
+        ids = rows.event_ids()
+        result = self._execute(self._statements.known_events, (UuidArray(ids),)).pgresult
+        assert result is not None
+        stored = {event.event_id.bytes: event for event in events_of(result)}
+        first_rows: dict[bytes, int] = {}
+        kept = []
+        for row in range(len(rows)):
+            at = 24 + 20 * row  # behind the array's header and the element's length
+            event_id = ids[at : at + 16]
+            known, dated = stored.get(event_id), rows.is_dated(row)
+            if known is None:
+                first = first_rows.setdefault(event_id, row)
+                if first == row:
+                    kept.append(row)
+                    continue
+                known, dated = decode_row(rows.row(first)), dated and rows.is_dated(first)
+            if difference := _difference(decode_row(rows.row(row)), known, dated):
+                raise _Refused(row, f"the id {known.event_id} is known, with another {difference}")
+        self._look_up_ids = len(kept) < len(rows)
+        if self._look_up_ids:
+            chunk.known += len(rows) - len(kept)
+            chunk.keep(kept)
+
+    def _refused_row(self, error: psycopg.Error, chunk: Chunk) -> int:
+        """Which row the server does not take."""
+        # "COPY events, line 17": the number of the row; the words may be translated. What follows it can quote the
+        # payload and goes nowhere.
+        for line in reversed((error.diag.context or "").split("\n")):
+            if line.startswith("COPY "):
+                words = line.partition(":")[0].replace(",", " ").split()
+                number = next((int(word) for word in words if word.isdigit()), 0)
+                if 1 <= number <= len(chunk.rows):
+                    return number - 1
+        # Refused without a place, by a deferred constraint for one: halve what is tried until a single row is left.
+        accepted, refused = 0, len(chunk.rows)
+        while refused - accepted > 1:
+            middle = (accepted + refused) // 2
+            rows = chunk.rows.select(range(middle))
+            if self._while_locked(chunk, lambda rows=rows: self._would_take(rows)):  # type: ignore[misc]
+                accepted = middle
+            else:
+                refused = middle
+        return refused - 1
+
+    def _would_take(self, rows: EventRows) -> bool:
+        """Whether the server takes *rows*; they are not stored."""
         try:
-            return cursor.execute(statement, parameters, binary=True, prepare=False)
-        except psycopg.Error as error:
-            if (refusal := refusal_of(error, self._statements.schema)) is not None:
-                raise refusal from error
-            raise
+            with self._connection.transaction(force_rollback=True):
+                self._limit()
+                self._copy(rows, None)
+                self._execute(CHECK_DEFERRED.encode(), ())
+        except ROW_ERRORS:
+            return False
+        return True
 
-    def _refused(self, error: psycopg.Error, chunk: Chunk) -> ImportFailed:
-        reason = error.diag.message_primary or str(error)
-        if error.diag.constraint_name in OWN_CONSTRAINTS and error.diag.message_detail:
-            reason = f"{reason}: {error.diag.message_detail}"  # ids and numbers; others' may show a payload
-        # "COPY events, line 17": the row's number in the chunk; the words may be translated, the number is not. What
-        # follows it can quote the payload and goes nowhere.
-        context = (error.diag.context or "").partition(":")[0]
-        row_no = next((int(word) for word in reversed(context.replace(",", " ").split()) if word.isdigit()), None)
-        if row_no is None or not 1 <= row_no <= len(chunk.rows):
-            return self._failed(f"in lines {chunk.start.line_no + 1} to {chunk.end.line_no}: {reason}", chunk)
-        return self._failed(reason, chunk, chunk.line_of_row(row_no))
+    def _refuse(self, chunk: Chunk, row: int, reason: str) -> None:
+        """Reject a row's line. Raises ImportFailed where bad lines are not collected."""
+        if self._rejects is None:
+            raise self._failed(reason, chunk, row)
+        chunk.reject(row, reason)
 
-    def _failed(self, reason: str, chunk: Chunk, line_no: int | None = None) -> ImportFailed:
+    def _write_rejects(self, chunk: Chunk) -> None:
+        if self._rejects is not None and chunk.rejected:
+            try:
+                self._rejects.write(chunk.rejected)
+            except TooManyRejects as error:
+                raise ImportFailed(
+                    f"{error.rejected.reason}; that is one bad line more than max_errors allows",
+                    import_id=self._import_id,
+                    source=self._source_name,
+                    line_no=error.rejected.line_no,
+                    byte_offset=error.rejected.byte_offset,
+                    stored_lines=chunk.start.line_no,
+                ) from None
+
+    def _execute(self, statement: bytes, parameters: tuple[Any, ...]) -> psycopg.Cursor[tuple[Any, ...]]:
+        return _execute(self._connection, self._statements, statement, parameters)
+
+    def _failed(self, reason: str, chunk: Chunk, row: int | None = None) -> ImportFailed:
         return ImportFailed(
             reason,
             import_id=self._import_id,
             source=self._source_name,
-            line_no=line_no,
+            line_no=None if row is None else chunk.line_nos[row],
+            byte_offset=None if row is None else chunk.offsets[row],
             stored_lines=chunk.start.line_no,
         )
+
+
+def _execute(
+    connection: psycopg.Connection[Any], statements: Statements, statement: bytes, parameters: tuple[Any, ...]
+) -> psycopg.Cursor[tuple[Any, ...]]:
+    cursor: psycopg.Cursor[tuple[Any, ...]] = psycopg.Cursor(connection, row_factory=tuple_row)
+    cursor.adapters.register_dumper(UuidArray, _UuidArrayDumper)
+    cursor.adapters.register_dumper(BigintArray, _BigintArrayDumper)
+    try:
+        return cursor.execute(statement, parameters, binary=True, prepare=False)
+    except psycopg.Error as error:
+        if (refusal := refusal_of(error, statements.schema)) is not None:
+            raise refusal from error
+        raise
+
+
+def _difference(mine: RecordedEvent, stored: RecordedEvent, dated: bool) -> str | None:
+    """In what an event differs from the one that is stored under its id; None if in nothing that its line says."""
+    for what, ours, theirs in (
+        ("stream", mine.stream_id, stored.stream_id),
+        ("type", mine.name, stored.name),
+        ("version", mine.version, stored.version),
+        ("data", mine.data, stored.data),
+        ("metadata", mine.metadata_json, stored.metadata_json),
+        ("correlation_id", mine.correlation_id, stored.correlation_id),
+    ):
+        if ours != theirs:
+            return what
+    return "time" if dated and mine.created_at != stored.created_at else None
+
+
+def _reason_of(error: psycopg.Error) -> str:
+    reason = error.diag.message_primary or str(error)
+    if error.diag.constraint_name in OWN_CONSTRAINTS and error.diag.message_detail:
+        reason = f"{reason}: {error.diag.message_detail}"  # ids and numbers; others' may show a payload
+    return reason

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import psycopg
 
 from ._core import Cursor
-from .import_chunks import ChunkMaker
+from .errors import ImportFailed
+from .import_chunks import Checkpoint, Chunk, ChunkMaker
+from .import_dry_run import DryRun
+from .import_jobs import Jobs
+from .import_rejects import RejectFile
 from .import_source import ImportSource, LineSource
-from .import_writer import ChunkWriter
+from .import_writer import ChunkWriter, Stored, find_checkpoints
 
 if TYPE_CHECKING:
     from .statements import Statements
@@ -21,6 +27,8 @@ CHUNK_SECONDS: Final = 0.25
 """What a chunk should take: as long as that live readers wait for events that follow it, and a crash repeats."""
 FIRST_CHUNK_EVENTS: Final = 5_000
 MOST_CHUNK_EVENTS: Final = 100_000
+LEAST_CHUNK_EVENTS: Final = 100
+MOST_JOBS: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,25 +40,85 @@ class ImportProgress:
     seconds: float
     source_bytes_read: int
     source_size: int | None
+    bad_lines: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class ImportReport:
     """What one call of ``import_events`` did.
 
-    ``events`` were stored by this call, ``skipped_events`` by an earlier one under the same import id; ``new_streams``
-    had no event before; ``bytes`` are those of the lines (decompressed) behind the skipped ones.
+    ``events`` were stored by this call; ``skipped_events`` by an earlier one under the same import id, ``known_events``
+    under their own ids in whatever way; ``bad_lines`` were passed over into the file for them. ``new_streams`` had no
+    event before; ``bytes`` are those of the ``lines`` (decompressed) behind what an earlier call had done.
+
+    Of a dry run ``events`` would be stored, in about ``projected_seconds``; cursors and new streams are not known.
     """
 
     import_id: str
     events: int
     skipped_events: int
+    known_events: int
+    bad_lines: int
     new_streams: int
     lines: int
     bytes: int
     seconds: float
     first_cursor: Cursor | None
     last_cursor: Cursor | None
+    projected_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ImportOptions:
+    """What ``import_events`` was asked for, checked."""
+
+    import_id: str
+    jobs: int = 1
+    chunk_size: int | None = None
+    reject_path: str | os.PathLike[str] | None = None
+    max_errors: int | None = None
+    max_rate: float | None = None
+    dry_run: bool = False
+    progress: Callable[[ImportProgress], object] | None = None
+
+    @property
+    def most_events(self) -> int:
+        """Of the first chunk."""
+        if self.chunk_size is not None:
+            return self.chunk_size
+        most = FIRST_CHUNK_EVENTS
+        return min(most, self.most_events_ever)
+
+    @property
+    def most_events_ever(self) -> int:
+        # A slow import stores often rather than much: nobody should wait a minute to see whether it works.
+        return MOST_CHUNK_EVENTS if self.max_rate is None else max(1, int(self.max_rate * CHUNK_SECONDS))
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What has been stored so far."""
+
+    began: float = field(default_factory=time.monotonic)
+    events: int = 0
+    known: int = 0
+    rejected: int = 0
+    new_streams: int = 0
+    first: Cursor | None = None
+    last: Cursor | None = None
+
+    def add(self, stored: Stored) -> None:
+        self.events += stored.events
+        self.known += stored.known
+        self.rejected += stored.rejected
+        self.new_streams += stored.new_streams
+        if stored.first is not None and stored.last is not None:
+            self.first = min(self.first or stored.first, stored.first)
+            self.last = max(self.last or stored.last, stored.last)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
 
 
 def check_import_id(import_id: str) -> str:
@@ -64,60 +132,116 @@ def check_import_id(import_id: str) -> str:
 
 
 def run_import(
-    connection: psycopg.Connection[Any],
+    lend: Callable[[], AbstractContextManager[psycopg.Connection[Any]]],
     statements: Statements,
     source: ImportSource,
-    *,
-    import_id: str,
+    options: ImportOptions,
     generation: int,
-    chunk_size: int | None,
-    progress: Callable[[ImportProgress], object] | None,
 ) -> ImportReport:
-    """Import *source* over *connection* (in autocommit mode); the store's ``import_events`` tells the rest."""
-    began = time.monotonic()
-    lines = LineSource(source)
-    try:
-        writer = ChunkWriter(connection, statements, import_id, lines.name, generation)
-        checkpoint, skipped = writer.find_checkpoint()
-        maker = ChunkMaker(lines, import_id, chunk_size or FIRST_CHUNK_EVENTS)
-        maker.skip_to(checkpoint)
-        events, new_streams = 0, 0
-        first: Cursor | None = None
-        last: Cursor | None = None
-        end = checkpoint
-        while True:
-            chunk = maker.finish()
-            chunk_began = time.monotonic()
-            cursor, begun_streams = writer.store(chunk, maker)
-            end = chunk.end
-            new_streams += begun_streams
-            events += len(chunk.rows)
-            if cursor is not None:
-                first = first or cursor
-                last = Cursor(cursor.transaction_no, len(chunk.rows) - 1)
-            now = time.monotonic()
-            if progress is not None:
-                progress(ImportProgress(skipped + events, end.line_no, now - began, lines.bytes_read, lines.size))
-            if chunk.at_end:
-                break
-            if chunk_size is None and len(chunk.rows):
-                maker.most_events = next_chunk_events(len(chunk.rows), now - chunk_began)
-    finally:
-        lines.close()
+    """Import *source* to its end; see ``EventStore.import_events``. ``lend()`` gives a connection for each job."""
+    with ExitStack() as stack:
+        lines = stack.enter_context(LineSource(source))
+        connections = [stack.enter_context(lend()) for _ in range(1 if options.dry_run else options.jobs)]
+        rejects = None
+        if options.reject_path is not None:
+            rejects = stack.enter_context(RejectFile(options.reject_path, options.import_id, options.max_errors))
+        maker = ChunkMaker(
+            lines, options.import_id, options.most_events, shard_count=options.jobs, collect=rejects is not None
+        )
+        checkpoints, skipped = find_checkpoints(
+            connections[0], statements, options.import_id, lines.name, options.jobs, begin=not options.dry_run
+        )
+        maker.skip_to(checkpoints)
+        start = min(checkpoints, key=lambda checkpoint: checkpoint.line_no)
+        run = _Run(options, maker, lines, start, skipped)
+        how = (statements, options.import_id, lines.name, generation, rejects)
+        projected_seconds = None
+        if options.dry_run:
+            dry_run = stack.enter_context(DryRun(connections[0], *how))
+            run.store_all(lambda chunk: [dry_run.store(chunk, maker)])
+            run.take([dry_run.finish()])
+            projected_seconds = dry_run.projected_seconds
+        elif options.jobs == 1:
+            writer = ChunkWriter(connections[0], *how)
+            run.store_all(lambda chunk: [writer.store(chunk, maker)])
+        else:
+            jobs = stack.enter_context(Jobs([ChunkWriter(connection, *how) for connection in connections]))
+            try:
+                run.store_all(jobs.give)
+            except ImportFailed:
+                # What stands before a bad line is good, and is stored.
+                run.take(jobs.finish())
+                raise
+            run.take(jobs.finish())
+    tally = run.tally
     return ImportReport(
-        import_id=import_id,
-        events=events,
+        import_id=options.import_id,
+        events=tally.events,
         skipped_events=skipped,
-        new_streams=new_streams,
-        lines=end.line_no - checkpoint.line_no,
-        bytes=end.byte_offset - checkpoint.byte_offset,
-        seconds=time.monotonic() - began,
-        first_cursor=first,
-        last_cursor=last,
+        known_events=tally.known,
+        bad_lines=tally.rejected,
+        new_streams=tally.new_streams,
+        lines=run.end.line_no - start.line_no,
+        bytes=run.end.byte_offset - start.byte_offset,
+        seconds=tally.seconds,
+        first_cursor=tally.first,
+        last_cursor=tally.last,
+        projected_seconds=projected_seconds,
     )
+
+
+class _Run:
+    """The loop from chunk to chunk, and what is told of it."""
+
+    def __init__(
+        self, options: ImportOptions, maker: ChunkMaker, lines: LineSource, start: Checkpoint, skipped: int
+    ) -> None:
+        self._options = options
+        self._maker = maker
+        self._lines = lines
+        self._skipped = skipped
+        self.tally = _Tally()
+        self.end = start
+
+    def store_all(self, store: Callable[[Chunk], Iterable[Stored]]) -> None:
+        """Give each chunk to *store* until the source ends; it answers with what has been stored by then."""
+        at_end = False
+        while not at_end:
+            for chunk in self._maker.finish():
+                at_end, self.end = chunk.at_end, chunk.end
+                self.take(store(chunk))
+                self._keep_to_rate()
+
+    def take(self, stored: Iterable[Stored]) -> None:
+        """Count what was stored, tell of it, and learn from what it took."""
+        for each in stored:
+            self.tally.add(each)
+            if self._options.chunk_size is None and each.events:
+                following = next_chunk_events(each.events, each.seconds)
+                self._maker.most_events = min(following, self._options.most_events_ever)
+            self._report()
+
+    def _report(self) -> None:
+        if self._options.progress is not None:
+            self._options.progress(
+                ImportProgress(
+                    self._skipped + self.tally.events,
+                    self.end.line_no,
+                    self.tally.seconds,
+                    self._lines.bytes_read,
+                    self._lines.size,
+                    self.tally.rejected,
+                )
+            )
+
+    def _keep_to_rate(self) -> None:
+        if self._options.max_rate is not None:
+            ahead_s = self.tally.events / self._options.max_rate - self.tally.seconds
+            if ahead_s > 0:
+                time.sleep(ahead_s)
 
 
 def next_chunk_events(events: int, seconds: float) -> int:
     """How many events the next chunk should take, when *events* took *seconds*: at most twice as many, or half."""
     wanted = int(events * CHUNK_SECONDS / max(seconds, 1e-6))
-    return max(min(wanted, 2 * events, MOST_CHUNK_EVENTS), events // 2, 100)
+    return max(min(wanted, 2 * events, MOST_CHUNK_EVENTS), events // 2, LEAST_CHUNK_EVENTS)

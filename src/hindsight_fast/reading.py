@@ -6,6 +6,7 @@ below it. Reading one stream needs no bound.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, LiteralString, NamedTuple
@@ -40,6 +41,12 @@ SCAN_ROWS = 20_000
 
 BOUND_EXPIRED = "HS003"
 
+MAX_HOLD_S = 30.0
+"""How long an append that stands still in the middle of its COPY may hold up readers, before a reader ends it. A chunk
+of an import takes a quarter of a second."""
+
+_log = logging.getLogger("hindsight_fast")
+
 
 class Request(NamedTuple):
     """A statement to run, its parameters, and whether it answers with events or with plain values."""
@@ -55,6 +62,7 @@ class Bound(NamedTuple):
     number: int
     server_run: str
     large_events: bool  # some below it are stored out of line, so pages are measured before they are sent
+    blocked: bool  # an open append holds it down
 
 
 class PageSize:
@@ -149,6 +157,7 @@ class BoundedReader(PageReader):
         self.bound: Bound | None = None
         self._last_number: int | None = None  # of the first bound: the read ends there even under a later one
         self._renewed_at: Cursor | None = None
+        self._looked_for_stalled = False
         self._filters: list[LiteralString] = []
         self._filter_values: list[Any] = []
         if event_names is not None:
@@ -168,15 +177,26 @@ class BoundedReader(PageReader):
     def _next_request(self) -> Request:
         if self.bound is None:
             return Request(self._statements.read_barrier, (), "values")
+        if self._looks_for_stalled:
+            return Request(self._statements.end_stalled, (MAX_HOLD_S,), "values")
         return self._next_below(self.bound)
 
     def _take_values(self, rows: list[tuple[Any, ...]]) -> None:
         if self.bound is None:
-            number, server_run, large_events = rows[0]
-            self._last_number = number if self._last_number is None else self._last_number
-            self.bound = Bound(min(number, self._last_number), server_run, large_events)
+            bound = Bound(*rows[0])
+            self._last_number = bound.number if self._last_number is None else self._last_number
+            self.bound = bound._replace(number=min(bound.number, self._last_number))
+        elif self._looks_for_stalled:
+            self._looked_for_stalled = True
+            if tell_of_stalled(rows):
+                # Nothing has been read yet: what the stalled append held up belongs to this read.
+                self.bound = self._last_number = None
         else:
             self._take_place(rows)
+
+    @property
+    def _looks_for_stalled(self) -> bool:
+        return self.bound is not None and self.bound.blocked and not self._looked_for_stalled
 
     @abstractmethod
     def _next_below(self, bound: Bound) -> Request: ...
@@ -338,6 +358,17 @@ class StreamReader(PageReader):
         self._done = len(events) < wanted
 
 
+def tell_of_stalled(rows: list[tuple[Any, ...]]) -> bool:
+    """Log what END_STALLED answered. Returns whether any append was ended."""
+    for pid, application_name, held_s, ended in rows:
+        done = "ended it" if ended else "no right to end it: ask its owner, or a superuser"
+        _log.warning(
+            "the append of process %d (%s) has waited for its client and held up readers for %.0f s; %s",
+            pid, application_name, held_s, done,
+        )  # fmt: skip
+    return any(ended for *_, ended in rows)
+
+
 def check_event_names(event_types: Iterable[str] | None) -> list[str] | None:
     """Return the names to filter by. Raises TypeError for a lone str, which would be taken for its letters."""
     if event_types is None:
@@ -375,12 +406,12 @@ def check_stream_id(stream_id: UUID) -> UUID:
     return stream_id
 
 
-def check_count(value: int, name: str, *, least: int = 0) -> int:
-    """Return *value*. Raises TypeError unless it is an int (and no bool), ValueError below *least* or from 2^63 on."""
+def check_count(value: int, name: str, *, least: int = 0, most: int = 2**63 - 1) -> int:
+    """Return *value*. Raises TypeError unless it is an int (and no bool), ValueError below *least* or above *most*."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, not {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, not {value}")
-    if value >= 2**63:
-        raise ValueError(f"{name} must lie below 2^63")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most}, not {value}")
     return value

@@ -303,8 +303,10 @@ $body$;
 
 -- The bound of what may be read: every event below it is committed and visible to a statement that starts after this
 -- one, or never will be. Good only in the run of the server that it came from. Also tells whether any event is so large
--- that it is stored out of line, because then pages have to be measured.
-CREATE OR REPLACE FUNCTION hindsight.read_barrier_v1(OUT bound bigint, OUT server_run text, OUT large_events boolean)
+-- that it is stored out of line, because then pages have to be measured; and whether an open append holds the bound down.
+CREATE OR REPLACE FUNCTION hindsight.read_barrier_v1(
+    OUT bound bigint, OUT server_run text, OUT large_events boolean, OUT blocked boolean
+)
 LANGUAGE plpgsql VOLATILE AS $body$
 DECLARE
     namespace integer;
@@ -327,10 +329,39 @@ BEGIN
     WHERE l.locktype = 'advisory' AND l.mode = 'ShareLock' AND l.granted AND l.objsubid = 1
       AND l.classid::bigint >> 16 = namespace
       AND l.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database());
+    blocked := coalesce(registered < bound, false);
     bound := least(bound, registered);
     large_events := (
         SELECT pg_relation_size(c.reltoastrelid) > 0 FROM pg_class AS c WHERE c.oid = 'hindsight.events'::regclass
     );
+END
+$body$;
+
+
+-- End what holds readers up and cannot end by itself: appends open for longer than max_hold that wait for their client
+-- in the middle of a COPY, a stopped importer's or one whose host is gone. No timeout reaches those (seen: statement, idle
+-- and transaction timeouts did nothing, and neither did a cancel). One row for each, ended or not for want of rights.
+CREATE OR REPLACE FUNCTION hindsight.end_stalled_v1(
+    max_hold interval, OUT pid integer, OUT application_name text, OUT held interval, OUT ended boolean
+) RETURNS SETOF record
+LANGUAGE plpgsql VOLATILE AS $body$
+BEGIN
+    FOR pid, application_name, held IN
+        SELECT a.pid, a.application_name, clock_timestamp() - a.xact_start
+        FROM pg_locks AS l JOIN pg_stat_activity AS a ON a.pid = l.pid
+        WHERE l.locktype = 'advisory' AND l.mode = 'ShareLock' AND l.granted AND l.objsubid = 1
+          AND l.classid::bigint >> 16 = (SELECT m.lock_namespace FROM hindsight.store_meta AS m)
+          AND l.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database())
+          AND a.state = 'active' AND a.wait_event_type = 'Client' AND a.wait_event = 'ClientRead'
+          AND clock_timestamp() - a.xact_start > max_hold
+    LOOP
+        BEGIN
+            ended := pg_terminate_backend(pid, 5000);
+        EXCEPTION WHEN insufficient_privilege THEN
+            ended := false;
+        END;
+        RETURN NEXT;
+    END LOOP;
 END
 $body$;
 

@@ -77,12 +77,26 @@ STREAM_PAGE: Final = """
 
 STREAM_VERSION: Final = "SELECT h.stream_version FROM {schema}.stream_heads AS h WHERE h.stream_id = %s::uuid"
 
-READ_BARRIER: Final = "SELECT b.bound, b.server_run, b.large_events FROM {schema}.read_barrier_v1() AS b"
+READ_BARRIER: Final = "SELECT b.bound, b.server_run, b.large_events, b.blocked FROM {schema}.read_barrier_v1() AS b"
+
+# Asked when open appends hold readers up.
+END_STALLED: Final = """
+    SELECT s.pid, s.application_name, extract(epoch FROM s.held)::float8, s.ended
+    FROM {schema}.end_stalled_v1(make_interval(secs => %s::float8)) AS s
+"""
 
 HEAD: Final = """
     SELECT e.transaction_no, e.sequence_no FROM {schema}.events AS e
     WHERE e.transaction_no < %s::bigint AND {schema}.bound_holds_v1(%s::text)
     ORDER BY e.transaction_no DESC, e.sequence_no DESC LIMIT 1
+"""
+
+# Of every connection that the store makes. Not left to the role's or the database's default: under REPEATABLE READ no
+# reader sees a later commit. Keepalives from the server's side too: a client whose host is gone lets go of its locks
+# within a minute. (Over a Unix socket they mean nothing, and are accepted.)
+SESSION_SETTINGS: Final = """
+    SET default_transaction_isolation = 'read committed';
+    SET tcp_keepalives_idle = 15; SET tcp_keepalives_interval = 10; SET tcp_keepalives_count = 4
 """
 
 # Answers NULL instead of failing where there is no store; whatever the layout, these two columns stay.
@@ -105,18 +119,29 @@ BEGIN_COPY: Final = """
 
 COPY_EVENTS: Final = "COPY {schema}.events ({columns}) FROM STDIN (FORMAT BINARY)"
 
-# A chunk that waits for a lock holds others: it gives up soon, and is sent again.
-LIMIT_LOCK_WAIT: Final = "SELECT set_config('lock_timeout', '2s', true)"
+# A chunk that waits for a lock holds others: it gives up soon, and is sent again. The second setting ends an importer
+# that is stopped between two statements; in the middle of COPY no timeout reaches it, and end_stalled_v1 does.
+LIMIT_CHUNK: Final = """
+    SELECT set_config('lock_timeout', '2s', true), set_config('idle_in_transaction_session_timeout', %s::text, true)
+"""
+
+# What stands already under ids that a chunk brings.
+KNOWN_EVENTS: Final = "SELECT {columns} FROM {schema}.events AS e WHERE e.event_id = ANY(%s::uuid[])"
+
+# Constraints that wait for the commit are checked now.
+CHECK_DEFERRED: Final = "SET CONSTRAINTS ALL IMMEDIATE"
 
 CHECK_WRITABLE: Final = "SELECT {schema}.check_writable_v1(%s::integer, %s::bigint)"
 
+# A row for each shard; whoever comes second, or again, finds them there.
 START_IMPORT: Final = """
-    INSERT INTO {schema}.imports (import_id, shard, shard_count) VALUES (%s, 0, 1) ON CONFLICT DO NOTHING
+    INSERT INTO {schema}.imports (import_id, shard, shard_count)
+    SELECT %s, n, %s::integer FROM generate_series(0, %s::integer - 1) AS n ON CONFLICT DO NOTHING
 """
 
 FIND_IMPORT: Final = """
-    SELECT i.line_no, i.byte_offset, i.source_digest, i.event_count, i.finished, i.shard_count
-    FROM {schema}.imports AS i WHERE i.import_id = %s AND i.shard = 0
+    SELECT i.line_no, i.byte_offset, i.source_digest, i.event_count, i.shard_count
+    FROM {schema}.imports AS i WHERE i.import_id = %s ORDER BY i.shard
 """
 
 # Compare and set: of two importers with one import id, the second finds the row moved and writes nothing.
@@ -124,12 +149,36 @@ MOVE_IMPORT: Final = """
     UPDATE {schema}.imports
     SET line_no = %s, byte_offset = %s, source_digest = %s, event_count = event_count + %s, finished = %s,
         updated_at = clock_timestamp()
-    WHERE import_id = %s AND shard = 0 AND line_no = %s AND byte_offset = %s
+    WHERE import_id = %s AND shard = %s AND line_no = %s AND byte_offset = %s
+"""
+
+# A dry run's tables. Its first chunk goes into one with all that the real table has, to see what that takes; the rest
+# into the second, where the server reads every value and checks every constraint, without indexes.
+MAKE_DRY_RUN: Final = (
+    "CREATE TEMPORARY TABLE hindsight_dry_run_indexed (LIKE {schema}.events INCLUDING ALL)",
+    "CREATE TEMPORARY TABLE hindsight_dry_run_rows (LIKE {schema}.events INCLUDING CONSTRAINTS INCLUDING STORAGE)",
+    "CREATE TEMPORARY TABLE hindsight_dry_run_ids (event_id uuid, content bytea, line_no bigint)",
+)
+DROP_DRY_RUN: Final = """
+    DROP TABLE IF EXISTS pg_temp.hindsight_dry_run_indexed, pg_temp.hindsight_dry_run_rows,
+        pg_temp.hindsight_dry_run_ids
+"""
+COPY_DRY_RUN: Final = "COPY pg_temp.{table} ({columns}) FROM STDIN (FORMAT BINARY)"
+COPY_DRY_RUN_IDS: Final = "COPY pg_temp.hindsight_dry_run_ids (event_id, content, line_no) FROM STDIN"
+REPEATED_DRY_RUN_IDS: Final = """
+    SELECT coalesce(sum(r.lines - 1), 0)::bigint, count(*) FILTER (WHERE r.contents > 1),
+        min(r.second_line) FILTER (WHERE r.contents > 1)
+    FROM (
+        SELECT count(*) AS lines, count(DISTINCT i.content) AS contents,
+            (array_agg(i.line_no ORDER BY i.line_no))[2] AS second_line
+        FROM pg_temp.hindsight_dry_run_ids AS i GROUP BY i.event_id HAVING count(*) > 1
+    ) AS r
 """
 
 LIST_IMPORTS: Final = """
-    SELECT i.import_id, i.line_no, i.byte_offset, i.event_count, i.finished, i.started_at, i.updated_at
-    FROM {schema}.imports AS i ORDER BY i.started_at, i.import_id
+    SELECT i.import_id, min(i.line_no), min(i.byte_offset), sum(i.event_count)::bigint, bool_and(i.finished),
+        min(i.started_at), max(i.updated_at)
+    FROM {schema}.imports AS i GROUP BY i.import_id ORDER BY min(i.started_at), i.import_id
 """
 
 # Estimates of the planner: counting a log of hundreds of millions of rows is no way to ask how the store does.
@@ -165,6 +214,7 @@ class Statements:
         self.stream_version = self._compose(STREAM_VERSION)
         self.stream_start = self._compose(STREAM_START)
         self.read_barrier = self._compose(READ_BARRIER)
+        self.end_stalled = self._compose(END_STALLED)
         self.head = self._compose(HEAD)
         self.found_layout = self._compose(FOUND_LAYOUT)
         self.store_meta = self._compose(STORE_META)
@@ -177,10 +227,17 @@ class Statements:
             .as_bytes(None)
         )
         self.check_writable = self._compose(CHECK_WRITABLE)
+        self.make_dry_run = [self._compose(statement) for statement in MAKE_DRY_RUN]
+        self.known_events = self._compose(KNOWN_EVENTS, columns=self._columns)
         self.start_import = self._compose(START_IMPORT)
         self.find_import = self._compose(FIND_IMPORT)
         self.move_import = self._compose(MOVE_IMPORT)
         self.list_imports = self._compose(LIST_IMPORTS)
+
+    def copy_dry_run(self, *, indexed: bool) -> bytes:
+        table = sql.Identifier("hindsight_dry_run_indexed" if indexed else "hindsight_dry_run_rows")
+        columns = sql.SQL(", ").join(map(sql.Identifier, EVENT_COLUMNS))
+        return sql.SQL(COPY_DRY_RUN).format(table=table, columns=columns).as_bytes(None)
 
     @property
     def quoted_schema(self) -> str:

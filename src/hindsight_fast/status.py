@@ -77,7 +77,7 @@ def read_status(store: EventStore) -> StoreStatus:
         if not meta:
             raise SchemaError(f"schema {store.schema!r} has lost its row of store_meta", schema=store.schema)
         layout, _oldest_writing_layout, generation, state, *_ = meta[0]
-        bound, server_run, _large_events = ask(statements.read_barrier)[0]
+        bound, server_run, _large_events, _blocked = ask(statements.read_barrier)[0]
         head = ask(statements.head, bound, server_run)
         # Before its first ANALYZE a table has -1 rows.
         tables = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -19,9 +20,10 @@ from ._core import Cursor, RecordedEvent
 from .connecting import check_encodings, connection_conninfo, find_conninfo, shown_conninfo
 from .errors import SchemaError, StoreClosed
 from .import_source import ImportSource
-from .importer import ImportProgress, ImportReport, check_import_id, run_import
+from .importer import MOST_JOBS, ImportOptions, ImportProgress, ImportReport, check_import_id, run_import
 from .read_ahead import Pace, PageAhead
 from .reading import (
+    MAX_HOLD_S,
     PAGE_ROWS,
     LogReader,
     PageReader,
@@ -32,9 +34,10 @@ from .reading import (
     check_count,
     check_event_names,
     check_stream_id,
+    tell_of_stalled,
 )
 from .schema import LAYOUT, StoreMeta, check_layout, check_schema_name, refusal_of, schema_sql
-from .statements import FOUND_TABLE, Statements
+from .statements import FOUND_TABLE, SESSION_SETTINGS, Statements
 
 if TYPE_CHECKING:
     from .reading import Request
@@ -74,6 +77,7 @@ class EventStore:
             self.conninfo = find_conninfo(conninfo)
         else:
             self.conninfo = pool.conninfo if isinstance(pool.conninfo, str) else ""
+        self._most_connections = pool_size if pool is None else pool.max_size
         self._open = False
 
     def __repr__(self) -> str:
@@ -242,8 +246,7 @@ class EventStore:
     def head(self) -> Cursor | None:
         """Return the place of the last event that every reader may see, or None in an empty store."""
         with self._connection() as connection:
-            bound = self._ask(connection, self._statements.read_barrier).fetchone()
-            assert bound is not None
+            bound = self._bound(connection)
             row = self._ask(connection, self._statements.head, bound[:2]).fetchone()
         return None if row is None else Cursor(*row)
 
@@ -255,39 +258,53 @@ class EventStore:
         *,
         import_id: str,
         mode: Literal["append"] = "append",
-        jobs: Literal[1] = 1,
+        jobs: int = 1,
         chunk_size: int | None = None,
-        on_error: Literal["stop"] = "stop",
+        on_error: Literal["stop"] | str | os.PathLike[str] = "stop",
+        max_errors: int | None = None,
+        max_rate: float | None = None,
+        dry_run: bool = False,
         progress: Callable[[ImportProgress], object] | None = None,
     ) -> ImportReport:
         """Append the events of *source*, one JSON object a line, in their order; see the README for the format.
 
-        *source* is a path (``.gz`` is decompressed), ``"-"`` for standard input, a binary file object, or an iterable
-        of lines as bytes; it is read ahead in a thread of its own. Each chunk of *chunk_size* events (None: about 250
-        ms of work) commits together with its checkpoint, so an import that was killed goes on where it stopped when
-        it is called again with the same source and *import_id*; what is stored already is skipped. *progress* is
-        called after each chunk.
+        *source* is a path (gzip is recognised), ``"-"`` for standard input, a binary file object, or an iterable of
+        lines as bytes; it is read ahead in a thread of its own. Each chunk of *chunk_size* events (None: about 250 ms
+        of work) commits together with its checkpoint, so an import that was killed goes on where it stopped when it is
+        called again with the same source and *import_id*. Events whose ids are stored already, with the same content,
+        are passed over: whatever is done twice, each is there once.
+
+        With *jobs* > 1 as many connections store at a time, and only the order within each stream is kept; a resumed
+        import needs the same number. *on_error* is ``"stop"`` or a path: bad lines then go there, with the reasons in
+        ``PATH.reasons``, and more than *max_errors* of them end the import. *max_rate* is in events a second. A
+        *dry_run* checks everything, as far as the server itself goes, writes nothing to the store, and projects the
+        time. *progress* is called after each chunk.
 
         Raises ImportFailed for a bad line, before anything of its chunk is stored; for a source that differs from
         what was imported under this id before; and for a rival that runs the same import.
         """
         check_import_id(import_id)
-        for name, given, built in (("mode", mode, "append"), ("jobs", jobs, 1), ("on_error", on_error, "stop")):
-            if given != built:
-                raise ValueError(f"{name}={given!r} is not supported, only {name}={built!r}")
-        if chunk_size is not None:
-            check_count(chunk_size, "chunk_size", least=1)
+        if mode != "append":
+            raise ValueError(f"mode={mode!r} is not supported, only mode='append'")
+        if on_error != "stop" and not isinstance(on_error, (str, os.PathLike)):
+            raise TypeError(f'on_error is "stop" or a path, not {type(on_error).__name__}')
+        if max_errors is not None and on_error == "stop":
+            raise ValueError("max_errors goes with on_error=PATH")
+        if max_rate is not None and not (isinstance(max_rate, (int, float)) and max_rate > 0):
+            raise ValueError(f"max_rate must be a positive number of events a second, not {max_rate!r}")
+        options = ImportOptions(
+            import_id,
+            jobs=check_count(jobs, "jobs", least=1, most=min(MOST_JOBS, self._most_connections)),
+            chunk_size=None if chunk_size is None else check_count(chunk_size, "chunk_size", least=1),
+            reject_path=None if on_error == "stop" else on_error,
+            max_errors=None if max_errors is None else check_count(max_errors, "max_errors"),
+            max_rate=max_rate,
+            dry_run=dry_run,
+            progress=progress,
+        )
         with self._connection() as connection:
-            meta = self._prepare_to_write(connection)
-            return run_import(
-                connection,
-                self._statements,
-                source,
-                import_id=import_id,
-                generation=meta.generation,
-                chunk_size=chunk_size,
-                progress=progress,
-            )
+            generation = self._prepare_to_write(connection).generation
+        return run_import(self._connection, self._statements, source, options, generation)
 
     # How the store asks
 
@@ -395,6 +412,14 @@ class EventStore:
                 return None
             return PageAhead(request, connection, stack.pop_all())
 
+    def _bound(self, connection: Connection) -> tuple[Any, ...]:
+        """What READ_BARRIER answers, once what stands still and blocks it has been ended."""
+        (bound,) = self._ask(connection, self._statements.read_barrier)
+        blocked = bound[3]
+        if blocked and tell_of_stalled(self._ask(connection, self._statements.end_stalled, (MAX_HOLD_S,)).fetchall()):
+            (bound,) = self._ask(connection, self._statements.read_barrier)
+        return tuple(bound)
+
     def _answer(self, connection: Connection, reader: PageReader, request: Request) -> Sequence[RecordedEvent]:
         cursor = self._ask(connection, request.statement, request.parameters)
         result = cursor.pgresult
@@ -403,8 +428,7 @@ class EventStore:
 
 
 def _configure(connection: Connection) -> None:
-    # Not left to the role's or the database's default: under REPEATABLE READ no reader sees a later commit.
-    connection.execute("SET default_transaction_isolation = 'read committed'")
+    connection.execute(SESSION_SETTINGS)
 
 
 def _one_by_one(pages: Iterator[Sequence[RecordedEvent]]) -> Iterator[RecordedEvent]:
