@@ -106,7 +106,10 @@ cdef int take_key(Source *text) except -2:
     size = text.at - start
     if memchr(start, c"\\", size) is NULL:
         return find_field(start + 1, size - 2)
-    name = decode_json(PyBytes_FromStringAndSize(<const char *>start, size)).encode()  # "\u0073tream" is stream too
+    try:
+        name = decode_json(PyBytes_FromStringAndSize(<const char *>start, size)).encode()  # "\u0073tream" is stream too
+    except MsgspecError as error:
+        raise ValueError(f"a key that is no JSON: {error}") from error
     return find_field(<const unsigned char *>PyBytes_AS_STRING(name), PyBytes_GET_SIZE(name))
 
 

@@ -111,7 +111,7 @@ _COLUMN_FIELDS: Final = {"created_at": "time", "event_version": "version", "even
 
 
 def _reason(error: Exception, line: bytes) -> str:
-    """What is wrong with a line, in words of the line's own fields, and of bounded length."""
+    """What is wrong with a line, in words of the line's own fields: one line, of bounded length."""
     text = str(error) or type(error).__name__
     if text == "Input data was truncated":
         # What msgspec also says of half a pair inside a value that it lifts out.
@@ -121,4 +121,5 @@ def _reason(error: Exception, line: bytes) -> str:
             text = field + text[len(column) :]
     if len(text) > MOST_REASON_CHARACTERS:
         text = text[:MOST_REASON_CHARACTERS] + "…"
-    return text
+    # The name of an unknown field is whatever stands in the file: no new line, and nothing that a terminal obeys.
+    return text if text.isprintable() else repr(text)[1:-1]
