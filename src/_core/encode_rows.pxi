@@ -181,7 +181,7 @@ cdef class EventRows:
         if name_size == 0:
             raise ValueError("event name is empty")
         if name_size > MAX_NAME_BYTES:
-            raise ValueError(f"event name {event_name[:80]!r}... takes {name_size} bytes; {MAX_NAME_BYTES} is the most")
+            raise ValueError(f"event name takes {name_size} bytes, {MAX_NAME_BYTES} at most: {event_name[:80]!r}...")
         if memchr(name, 0, name_size) is not NULL:
             raise ValueError(f"event name {event_name!r} holds a NUL character, which PostgreSQL cannot store")
         if not undated:
