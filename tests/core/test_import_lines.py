@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from datetime import UTC, datetime
 
 import msgspec
@@ -170,6 +173,13 @@ def test_wrong_arguments_of_check_fields_are_errors(arguments):
 
 
 def test_no_byte_behind_a_value_is_read():
+    # In a process of its own, which a byte too many would kill.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, __file__], timeout=60, env=environment, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def read_values_before_a_locked_page():
     before = BytesBeforeLockedPage()
     # More openings than may be nested, in a string, so that each byte is looked at.
     payload = b'{"a":"' + b"[" * 2000 + b'\\\\"}'
@@ -339,3 +349,7 @@ def test_long_stream_names_are_not_remembered():
         reader.add(b'{"stream":"%d","type":"t","data":{}}' % n, 1, [rows])
     assert rows.stream_count == 200
     assert len(reader._streams) == 100
+
+
+if __name__ == "__main__":
+    read_values_before_a_locked_page()
