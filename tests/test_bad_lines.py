@@ -286,6 +286,7 @@ def test_odd_lines_mean_what_the_table_says(store: EventStore) -> None:
     assert (twice.data, twice.payload) == (b'{"a":1,"a":2}', {"a": 2})
     assert stored("`data` and `metadata`: an integer of 400 digits").payload == {"a": 10**400}
     assert stored("`data` and `metadata`: `\\u0000` in a text").payload == {"a": "\0"}
+    assert str(stored("`data` and `metadata`: nested 500 deep").payload).count("[") == 499
     with pytest.raises(EventParseError):
         stored("`data` and `metadata`: `1e999`").payload  # noqa: B018
     assert (
@@ -370,6 +371,17 @@ def test_a_broken_source_is_named_with_its_line(store: EventStore, tmp_path: Pat
     assert len(stored) % 2 == 0  # whole chunks
 
 
+def test_a_broken_gzip_is_placed_to_the_byte() -> None:
+    # Whole lines that came out of it are given; the place is where the next one begins.
+    text = THREE_LINES * 100_000
+    packed = gzipped(text)
+    with pytest.raises(SourceError, match="broken gzip") as caught:
+        blocks_of(io.BytesIO(packed[: len(packed) // 2]))
+    place = caught.value
+    assert place.byte_offset == len(b"\n".join(text.split(b"\n")[: place.line_no - 1])) + 1
+    assert 0 < place.byte_offset < len(text)
+
+
 def blocks_of(source: Any) -> list[bytes]:
     lines = LineSource(source)
     blocks = []
@@ -396,7 +408,7 @@ def test_a_line_is_as_long_as_it_may_be_and_no_longer(
         source = bad.splitlines(keepends=True) if as_lines else io.BytesIO(bad)
         with pytest.raises(SourceError, match="a line longer than 3145728 bytes") as caught:
             blocks_of(source)
-        assert caught.value.line_no == before.count(b"\n") + 1
+        assert (caught.value.line_no, caught.value.byte_offset) == (before.count(b"\n") + 1, len(before))
 
 
 def test_large_blocks_are_not_read_ahead_four_at_a_time() -> None:

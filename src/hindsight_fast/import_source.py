@@ -30,12 +30,13 @@ GZIP_MAGIC: Final = b"\x1f\x8b"
 
 
 class SourceError(Exception):
-    """The source cannot be read on behind the blocks already given: why, and in which line."""
+    """The source cannot be read on behind the blocks already given: why, and in which line, beginning at which byte."""
 
-    def __init__(self, reason: str, line_no: int) -> None:
+    def __init__(self, reason: str, line_no: int, byte_offset: int) -> None:
         super().__init__(reason)
         self.reason = reason
         self.line_no = line_no
+        self.byte_offset = byte_offset
 
 
 class LineSource:
@@ -135,18 +136,20 @@ class LineSource:
     def _blocks_of_lines(self) -> Iterator[bytes]:
         begun: list[bytes] = []  # pieces of a line whose end has not come yet
         begun_bytes = 0
-        line_no = 1
+        line_no, offset = 1, 0  # of that line
         pieces = self._decompressed()
         while True:
             try:
                 piece = next(pieces, None)
             except (zlib.error, EOFError) as error:
-                raise SourceError(f"broken gzip: {error}", line_no) from error
+                raise SourceError(f"broken gzip: {error}", line_no, offset) from error
             if piece is None:
                 break
             # Looked at line by line only where one may be too long.
-            if begun_bytes + len(piece) > MAX_LINE_BYTES and (lines := _lines_before_long(begun_bytes, piece)) >= 0:
-                raise SourceError(f"a line longer than {MAX_LINE_BYTES} bytes", line_no + lines)
+            if begun_bytes + len(piece) > MAX_LINE_BYTES and (long := _find_long_line(begun_bytes, piece)) is not None:
+                reason = f"a line longer than {MAX_LINE_BYTES} bytes"
+                at = offset + begun_bytes + long if long else offset
+                raise SourceError(reason, line_no + piece.count(b"\n", 0, long), at)
             end = piece.rfind(b"\n") + 1
             if end == 0:
                 begun.append(piece)
@@ -156,6 +159,7 @@ class LineSource:
             begun, begun_bytes = [piece[end:]], len(piece) - end
             del piece
             line_no += block.count(b"\n")
+            offset += len(block)
             yield block
             del block
         if begun_bytes:
@@ -233,14 +237,14 @@ def _permits(block: bytes) -> int:
     return min(max(len(block) // BLOCK_BYTES, 1), BLOCKS_AHEAD)
 
 
-def _lines_before_long(begun_bytes: int, piece: bytes) -> int:
-    """How many newlines of *piece* stand before a line that is too long, or -1; its first line began earlier."""
-    start, lines = -begun_bytes, 0
-    while (end := piece.find(b"\n", max(start, 0)) + 1) > 0:
-        if end - start > MAX_LINE_BYTES:
-            return lines
-        start, lines = end, lines + 1
-    return lines if len(piece) - start > MAX_LINE_BYTES else -1
+def _find_long_line(begun_bytes: int, piece: bytes) -> int | None:
+    """Where in *piece* a line begins that is too long, if one does; 0 for that of which *begun_bytes* came before."""
+    start, before = 0, begun_bytes
+    while (end := piece.find(b"\n", start) + 1) > 0:
+        if before + end - start > MAX_LINE_BYTES:
+            return start
+        start, before = end, 0
+    return start if before + len(piece) - start > MAX_LINE_BYTES else None
 
 
 def _standard_input() -> BinaryIO:
