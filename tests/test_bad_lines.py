@@ -508,3 +508,21 @@ def test_a_line_of_100_mb_is_imported(store: EventStore, tmp_path: Path) -> None
             "SELECT length(payload::text) FROM hindsight.events WHERE event_name = 'large'"
         ).fetchall()
     assert found == [(10**8 + 8,)]
+
+
+def test_the_longest_line_bounds_the_memory_of_many(store: EventStore, tmp_path: Path) -> None:
+    def peak_mib_of(count: int) -> int:
+        path = tmp_path / f"{count}.ndjson"
+        with path.open("wb") as file:
+            for _ in range(count):
+                # Decoded, an emoji makes four bytes of every character.
+                file.write(b'{"stream":"s","type":"t","data":{"a":"%s' % "🐍".encode() + b"x" * 16 * MIB + b'"}}\n')
+        outcome, peak_mib = import_in_a_process(store, path)
+        assert outcome == f"stored {count} {count}"
+        return peak_mib
+
+    few, many = peak_mib_of(5), peak_mib_of(10)
+    print(f"peak memory: {few} MiB for 5 lines of 16 MiB, {many} MiB for 10")
+    assert many < few + 48
+    # Two chunks come on top: a line is more than what was left of their 32 MiB, and their buffers grow by half.
+    assert many < EMPTY_PROCESS_MIB + 8 * 16 + 2 * (32 + 16) * 3 // 2
