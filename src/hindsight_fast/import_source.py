@@ -25,7 +25,7 @@ LINES_BLOCK_BYTES: Final = 64 * 1024
 BLOCKS_AHEAD: Final = 4
 """That is also the most megabytes read ahead, unless a single line takes more."""
 MAX_LINE_BYTES: Final = 256 * 1024 * 1024
-"""Its newline included. PostgreSQL takes values of nearly 1 GiB, but an import takes up to eight times its longest line."""
+"""Its newline included. PostgreSQL takes values of nearly 1 GiB, but an import takes eight times its longest line."""
 GZIP_MAGIC: Final = b"\x1f\x8b"
 
 
