@@ -227,7 +227,7 @@ BAD_LINES: dict[str, tuple[bytes, str]] = {
     "no type": (b'{"stream":"s","data":{}}', "missing required field `type`"),
     "no data": (b'{"stream":"s","type":"t"}', "missing required field `data`"),
     "empty stream": (b'{"stream":"","type":"t","data":{}}', "stream is empty"),
-    "empty type": (b'{"stream":"s","type":"","data":{}}', "name is empty"),
+    "empty type": (b'{"stream":"s","type":"","data":{}}', "type is empty"),
     "NUL in type": (b'{"stream":"s","type":"a\\u0000b","data":{}}', "NUL"),
     "number for stream": (b'{"stream":7,"type":"t","data":{}}', "Expected `str`"),
     "data is a list": (b'{"stream":"s","type":"t","data":[1]}', "data must be a JSON object"),

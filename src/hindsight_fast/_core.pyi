@@ -19,6 +19,7 @@ __all__ = [
     "EventRows",
     "RecordedEvent",
     "ResultReader",
+    "check_fields",
     "decode_result",
     "decode_row",
     "export_lines",
@@ -151,3 +152,4 @@ def decode_result(
     reader: ResultReader | None = None,
 ) -> list[RecordedEvent]: ...
 def export_lines(events: Iterable[RecordedEvent], block_size: int = ...) -> Generator[bytes]: ...
+def check_fields(line: bytes, data: Buffer, metadata: Buffer | None = None) -> bool: ...
