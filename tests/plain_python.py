@@ -272,7 +272,7 @@ MAX_NESTING = 500
 
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _UUID_TEXT = re.compile("[0-9a-fA-F]{8}(-?)(?:[0-9a-fA-F]{4}\\1){3}[0-9a-fA-F]{12}")
-_TIME_TEXT = re.compile(r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(\.\d{1,6})?(?:([Zz])|([+-])(\d\d):?(\d\d))?", re.ASCII)
+_TIME_TEXT = re.compile(r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d+))?(?:([Zz])|([+-])(\d\d):?(\d\d))?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -408,13 +408,16 @@ def _time(text: str) -> datetime:
     day, clock, fraction, zulu, sign, hours, minutes = parts.groups()
     if zulu is None and sign is None:
         raise ValueError("no time zone")
-    moment = datetime.fromisoformat(f"{day}T{clock}{(fraction or '.0').ljust(7, '0')}+00:00")
-    if zulu is not None:
-        return moment
-    if int(hours) > 23 or int(minutes) > 59:
-        raise ValueError("no offset")
-    offset = timedelta(hours=int(hours), minutes=int(minutes))
+    digits = (fraction or "").ljust(7, "0")
+    moment = datetime.fromisoformat(f"{day}T{clock}.{digits[:6]}+00:00")
     try:
+        if digits[6] >= "5":
+            moment += timedelta(microseconds=1)
+        if zulu is not None:
+            return moment
+        if int(hours) > 23 or int(minutes) > 59:
+            raise ValueError("no offset")
+        offset = timedelta(hours=int(hours), minutes=int(minutes))
         return moment - offset if sign == "+" else moment + offset
     except OverflowError as error:
         raise ValueError("not within the years 1 to 9999") from error
