@@ -112,7 +112,7 @@ class ImportFailed(HindsightError):
     """An import stopped at a line; chunks before it are stored with their checkpoint, its own chunk is not.
 
     ``source`` names the file, ``line_no`` counts from 1 (None where no single line is to blame), ``byte_offset`` is
-    where that line begins in the (decompressed) source (None for a line that only the server refused). Mend the cause
+    where that line begins in the (decompressed) source. Mend the cause
     and import again under the same ``import_id``: it goes on behind the last stored chunk, which ends with line
     ``stored_lines``.
 

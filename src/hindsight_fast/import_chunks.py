@@ -262,7 +262,7 @@ class ChunkMaker:
         try:
             block = self._source.next_block(wait=wait)
         except SourceError as error:
-            self._failure = self._failed(error.reason, error.line_no, None)
+            self._failure = self._failed(error.reason, error.line_no, error.byte_offset)
             return False
         except Exception as error:  # noqa: BLE001 - whatever the caller's source raises; kept, and raised by finish()
             self._failure = error
@@ -285,7 +285,8 @@ class ChunkMaker:
             text = b"   " + text[3:]  # a byte order mark, passed over as white space; offsets stay true
         try:
             # Checked a block at a time: what lies inside data is not decoded here, and the server would refuse it late.
-            text.decode()
+            if not text.isascii():
+                text.decode()
             self._damaged = False
         except UnicodeDecodeError:
             self._damaged = True
@@ -299,7 +300,7 @@ class ChunkMaker:
             try:
                 following = self._source.next_block(wait=True)
             except SourceError as error:
-                raise self._failed(error.reason, error.line_no, None) from error
+                raise self._failed(error.reason, error.line_no, error.byte_offset) from error
             if following == "not yet":
                 continue
             if following == "end":
