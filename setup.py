@@ -2,7 +2,10 @@
 
 HINDSIGHT_BUILD picks a variant: ``debug`` (-O0, line tracing for a C debugger), ``profile`` (function-level
 profiling hooks), ``sanitize`` (AddressSanitizer and UBSan; the interpreter must be started with the sanitizer's
-runtime preloaded). Empty is the release build.
+runtime preloaded; `./dev sanitize` does all that). Empty is the release build.
+
+HINDSIGHT_FAULTS=1 also builds tests/sanitizer/faults.pyx, with the very same options: C that is wrong on purpose, which
+the sanitizers must report. It is part of no wheel.
 """
 
 import os
@@ -16,24 +19,36 @@ VARIANTS = {
     "profile": {"compile": ["-O3", "-g"], "link": [], "directives": {"profile": True}},
     "sanitize": {
         # -fno-wrapv: CPython's own flags define signed overflow, and UBSan then says nothing of it.
-        "compile": ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-wrapv"],
+        "compile": [
+            *("-O1", "-g", "-fno-omit-frame-pointer", "-fno-wrapv"),
+            *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),  # report and go on would pass for a success
+        ],
         "link": ["-fsanitize=address,undefined"],
         "directives": {},
     },
 }
-variant = VARIANTS[os.environ.get("HINDSIGHT_BUILD", "")]
+name = os.environ.get("HINDSIGHT_BUILD", "")
+variant = VARIANTS[name]
 
-core = Extension(
-    "hindsight_fast._core",
-    ["src/_core/_core.pyx"],
-    extra_compile_args=[*variant["compile"], "-Wall", "-Wno-unused-function"],
-    extra_link_args=variant["link"],
-)
+
+def extension(module, source):
+    return Extension(
+        module,
+        [source],
+        extra_compile_args=[*variant["compile"], "-Wall", "-Wno-unused-function"],
+        extra_link_args=variant["link"],
+    )
+
+
+extensions = [extension("hindsight_fast._core", "src/_core/_core.pyx")]
+if os.environ.get("HINDSIGHT_FAULTS"):
+    extensions.append(extension("faults", "tests/sanitizer/faults.pyx"))
 
 setup(
     ext_modules=cythonize(
-        [core],
-        build_dir="build/cython",  # generated C never lies beside the sources
+        extensions,
+        # Never beside the sources, nor where another variant, with other directives, would take the C for its own.
+        build_dir=os.path.join("build", "cython", name or "release"),
         compiler_directives={"language_level": 3, "embedsignature": False, **variant["directives"]},
     ),
 )

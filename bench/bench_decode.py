@@ -99,7 +99,7 @@ def bench_result_to_events(benchmark, cursor, rows):
     result = cursor.pgresult
     compare(
         benchmark,
-        Contender("decode_result: events, nothing of them read yet", lambda: events_of(result), COUNT,
+        Contender("decode_result: events, nothing of them read yet", lambda: list(events_of(result)), COUNT,
                   _check_events(rows)),
         Contender("decode_result through get_value (pure Python psycopg)",
                   lambda: decode_result(result), COUNT, _check_events(rows)),

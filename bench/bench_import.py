@@ -168,12 +168,13 @@ def bench_import_git_history(benchmark, server, database, git_history, folder):
 
 
 def bench_import_ways(benchmark, server, database, demo_data, folder):
-    data = demo_data(min(EVENTS, 300_000))
+    data = demo_data(EVENTS)
     arena = _arena(server, database, data, folder)
     try:
         compare(
             benchmark, arena.ours("import_events", data.path),
             arena.ours("import_events, jobs=2", data.path, jobs=2),
+            arena.ours('import_events, mode="initial"', data.path, mode="initial"),
             arena.dry_run("import_events, dry_run=True", data.path),
             rounds=ROUNDS, unit="events", warm_up=False,
             checked=CHECKED + "; with jobs in the order of streams; of a dry run that nothing is there",

@@ -4,7 +4,8 @@ from datetime import UTC
 from uuid import UUID
 
 import plain_python
-from hindsight_fast._core import EventRows, RecordedEvent
+from hindsight_fast._core import EventRows, RecordedEvent, decode_result, decode_row
+from hindsight_fast.errors import MalformedRow
 from plain_python import PlainEvent, PlainNewEvent
 
 
@@ -58,3 +59,43 @@ def seen(event: RecordedEvent) -> PlainEvent:
         payload=event.data,
         metadata=event.metadata_json,
     )
+
+
+class PlainResult:
+    """A query result as ``decode_result`` sees it without a reader: rows of values."""
+
+    def __init__(self, rows, formats=None, column_count=11):
+        self.rows, self.formats = rows, formats or [1] * column_count
+        self.ntuples, self.nfields = len(rows), column_count
+
+    def fformat(self, column):
+        return self.formats[column]
+
+    def get_value(self, row, column):
+        return self.rows[row][column]
+
+
+def decode_both_ways(row):
+    """The outcome of ``decode_row`` and of ``decode_result`` over the same values, which must be one."""
+    results = []
+    calls = [lambda: decode_row(row, no_payload)]
+    try:
+        values = plain_python.split_row(bytes(row))
+    except ValueError:
+        pass
+    else:
+        calls.append(lambda: decode_result(PlainResult([values]), no_payload)[0])
+    for call in calls:
+        try:
+            results.append(seen(call()))
+        except MalformedRow:
+            results.append(MalformedRow)
+    assert all(result == results[0] for result in results)
+    return results[0]
+
+
+def expected_of(row):
+    try:
+        return plain_python.decode_row(bytes(row))
+    except ValueError:
+        return MalformedRow

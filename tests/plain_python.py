@@ -3,10 +3,13 @@
 Nothing here imports the core. What PostgreSQL expects is written down a second time, field by field, with ``struct``.
 """
 
+import json
+import re
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from typing import NoReturn
 from uuid import UUID
 
 EVENT_COLUMNS = (
@@ -243,6 +246,43 @@ def in_utc(event: PlainEvent) -> PlainEvent:
     return replace(event, created_at=event.created_at.astimezone(UTC))
 
 
+# --- Lines of the import format -------------------------------------------------------------------------------------
+
+
+def export_line(event: PlainEvent) -> bytes:
+    """One JSON object and a newline; stored JSON as it is, but for the white space that a line cannot hold."""
+    fields = {
+        "stream": _quoted(str(event.stream_id)),
+        "type": _quoted(event.event_name),
+        "data": _on_one_line(event.payload),
+        "version": str(event.event_version).encode(),
+        "id": _quoted(str(event.event_id)),
+        "time": _quoted(event.created_at.astimezone(UTC).replace(tzinfo=None).isoformat(timespec="microseconds") + "Z"),
+    }
+    if event.correlation_id is not None:
+        fields["correlation_id"] = _quoted(str(event.correlation_id))
+    if event.metadata is not None and _on_one_line(event.metadata) != b"null":
+        fields["metadata"] = _on_one_line(event.metadata)
+    return b"{" + b",".join(b'"%s":%s' % (name.encode(), value) for name, value in fields.items()) + b"}\n"
+
+
+def _quoted(text: str) -> bytes:
+    escaped = ""
+    for letter in text:
+        if letter < " ":
+            escaped += f"\\u{ord(letter):04x}"
+        else:
+            escaped += f"\\{letter}" if letter in '"\\' else letter
+    return f'"{escaped}"'.encode()
+
+
+def _on_one_line(stored: bytes) -> bytes:
+    trimmed = stored.strip(b" \t\r\n")
+    if not trimmed:
+        raise ValueError("no JSON value")
+    return trimmed.replace(b"\n", b" ").replace(b"\r", b" ")
+
+
 # --- Arrays ---------------------------------------------------------------------------------------------------------
 
 
@@ -260,3 +300,161 @@ def _encode_array(element_oid: int, elements: list[bytes]) -> bytes:
     for element in elements:
         array += struct.pack("!i", len(element)) + element
     return array
+
+
+# --- Lines of an import ---------------------------------------------------------------------------------------------
+
+FIELD_NAMES = ("stream", "type", "data", "version", "id", "time", "correlation_id", "metadata")
+MAX_NESTING = 500
+
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_UUID_TEXT = re.compile("[0-9a-fA-F]{8}(-?)(?:[0-9a-fA-F]{4}\\1){3}[0-9a-fA-F]{12}")
+_TIME_TEXT = re.compile(r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d+))?(?:([Zz])|([+-])(\d\d):?(\d\d))?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class PlainLine:
+    """What a line says. ``time`` None: the server's; ``event_id`` None: derived."""
+
+    stream: str
+    event_name: str
+    payload: bytes
+    event_version: int = 0
+    event_id: UUID | None = None
+    time: datetime | None = None
+    correlation_id: UUID | None = None
+    metadata: bytes | None = None
+
+
+class _Integer(str):
+    """Digits as they stand: an int could not tell 1 from 1.0 or true, nor hold as many."""
+
+
+def is_uuid_text(stream: str) -> bool:
+    """Whether a stream's name is its id: 36 characters with their hyphens."""
+    return len(stream) == 36 and _UUID_TEXT.fullmatch(stream) is not None
+
+
+def nesting(value: bytes) -> int:
+    """How deeply valid JSON is nested; 0 for what is no array or object."""
+    depth = deepest = 0
+    for byte in _STRING.sub(b"", value):
+        depth += (byte in b"[{") - (byte in b"]}")
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def split_object(line: str) -> list[tuple[str, object, bytes]]:
+    """Return key, value and the value's text for each member of a JSON object. Raises ValueError for anything else."""
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is no JSON")
+
+    decode = json.JSONDecoder(parse_constant=refuse, parse_int=_Integer).raw_decode
+    members: list[tuple[str, object, bytes]] = []
+
+    def after_blanks(at: int) -> int:
+        while line[at : at + 1] in (" ", "\t", "\r", "\n"):
+            at += 1
+        return at
+
+    def after(at: int, expected: str) -> int:
+        if line[at : at + 1] != expected:
+            raise ValueError(f"no {expected} at {at}")
+        return after_blanks(at + 1)
+
+    at = after(after_blanks(0), "{")
+    while line[at : at + 1] != "}" or members:
+        key, end = decode(line, at)
+        if not isinstance(key, str) or isinstance(key, _Integer):
+            raise ValueError("a key is a string")
+        at = after(after_blanks(end), ":")
+        value, end = decode(line, at)
+        members.append((key, value, line[at:end].encode()))
+        at = after_blanks(end)
+        if line[at : at + 1] == "}":
+            break
+        at = after(at, ",")
+    if after(at, "}") != len(line):
+        raise ValueError("more than one object")
+    return members
+
+
+def check_fields(line: bytes, data: bytes, metadata: bytes | None) -> bool:
+    """The core's ``check_fields``, for a line that is a JSON object. Raises ValueError."""
+    keys = [key for key, _, _ in split_object(line.decode())]
+    for name in FIELD_NAMES:
+        if keys.count(name) > 1:
+            raise ValueError(f"{name} twice")
+    if not data.startswith(b"{"):
+        raise ValueError("data is no object")
+    if metadata is not None and not metadata.startswith((b"{", b"n")):
+        raise ValueError("metadata is no object")
+    if nesting(data) > MAX_NESTING or (metadata is not None and nesting(metadata) > MAX_NESTING):
+        raise ValueError("nested too deeply")
+    return metadata is not None and metadata.startswith(b"{")
+
+
+def read_line(line: bytes) -> PlainLine:
+    """Read an import line. Raises ValueError for what is not one."""
+    members = split_object(line.decode())
+    values = {key: value for key, value, _ in members}
+    texts = {key: text for key, _, text in members}
+    if surplus := set(values) - set(FIELD_NAMES):
+        raise ValueError(f"unknown {surplus}")
+    if missing := {"stream", "type", "data"} - set(values):
+        raise ValueError(f"no {missing}")
+    json.dumps(members, default=bytes.decode, ensure_ascii=False).encode()  # fails for half a surrogate pair
+    has_metadata = check_fields(line, texts["data"], texts.get("metadata"))
+
+    def text(name: str) -> str:
+        value = values[name]
+        if not isinstance(value, str) or isinstance(value, _Integer) or not value:
+            raise ValueError(f"{name} is a text")
+        return value
+
+    def uuid(name: str) -> UUID | None:
+        if values.get(name) is None:
+            return None
+        if not _UUID_TEXT.fullmatch(text(name)):
+            raise ValueError(f"{name} is a UUID")
+        return UUID(text(name))
+
+    version = values.get("version", _Integer("0"))
+    if not isinstance(version, _Integer) or len(version) > 11 or not 0 <= int(version) < 2**31:
+        raise ValueError("version counts from 0")
+    name = text("type")
+    if len(name.encode()) > 1000 or "\0" in name:
+        raise ValueError("no event name")
+    return PlainLine(
+        stream=text("stream"),
+        event_name=name,
+        payload=texts["data"],
+        event_version=int(version),
+        event_id=uuid("id"),
+        time=None if values.get("time") is None else _time(text("time")),
+        correlation_id=uuid("correlation_id"),
+        metadata=texts["metadata"] if has_metadata else None,
+    )
+
+
+def _time(text: str) -> datetime:
+    parts = _TIME_TEXT.fullmatch(text)
+    if parts is None:
+        raise ValueError("no time as in RFC 3339")
+    day, clock, fraction, zulu, sign, hours, minutes = parts.groups()
+    if zulu is None and sign is None:
+        raise ValueError("no time zone")
+    digits = (fraction or "").ljust(7, "0")
+    moment = datetime.fromisoformat(f"{day}T{clock}.{digits[:6]}+00:00")
+    try:
+        if digits[6] >= "5":
+            moment += timedelta(microseconds=1)
+        if zulu is not None:
+            return moment
+        if int(hours) > 23 or int(minutes) > 59:
+            raise ValueError("no offset")
+        offset = timedelta(hours=int(hours), minutes=int(minutes))
+        return moment - offset if sign == "+" else moment + offset
+    except OverflowError as error:
+        raise ValueError("not within the years 1 to 9999") from error

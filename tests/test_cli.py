@@ -12,65 +12,24 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 import psycopg
 import pytest
-from click.testing import CliRunner, Result
 
+from command_line import forget_database, run, run_apart, started
 from conftest import root_for_servers
-from hindsight_fast import Cursor, EventStore, cli, stream_uuid
-from hindsight_fast.cli import commands
+from hindsight_fast import Cursor, EventStore, cli_common, stream_uuid
 from hindsight_fast.demo_events import demo_lines
 from hindsight_fast.embedded import EmbeddedServer
 from hindsight_fast.installations import Installation
 
-NAMED_BY_ENVIRONMENT = (
-    "HINDSIGHT_DATABASE_URL",
-    "DATABASE_URL",
-    "PGHOST",
-    "PGHOSTADDR",
-    "PGPORT",
-    "PGDATABASE",
-    "PGUSER",
-)
-
 
 @pytest.fixture(autouse=True)
 def no_database_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*NAMED_BY_ENVIRONMENT, "PGSERVICE", "PGSERVICEFILE", "PGPASSWORD", "HINDSIGHT_DEBUG"):
-        monkeypatch.delenv(name, raising=False)
-
-
-def run(*arguments: str, stdin: bytes | None = None) -> Result:
-    return CliRunner().invoke(commands, arguments, input=stdin, catch_exceptions=False)
-
-
-@contextmanager
-def started(
-    *arguments: str, environment: dict[str, str] | None = None, **options: Any
-) -> Iterator[subprocess.Popen[bytes]]:
-    """The command as a process of its own, which is gone afterwards."""
-    inherited = {**os.environ, **(environment or {})}
-    process = subprocess.Popen(
-        [sys.executable, "-c", "from hindsight_fast.cli import main; main()", *arguments],
-        env={**inherited, "PYTHONPATH": os.pathsep.join(sys.path)},
-        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
-    )
-    with process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def run_apart(*arguments: str, **options: Any) -> tuple[int, bytes, str]:
-    """Run the command as a process of its own; return its exit code, stdout and stderr."""
-    with started(*arguments, **options) as process:
-        stdout, stderr = process.communicate(timeout=60)
-        return process.returncode, stdout, "" if stderr is None else stderr.decode()
+    forget_database(monkeypatch)
 
 
 @pytest.fixture
@@ -98,14 +57,14 @@ def event_count(database: str) -> int:
 # --- All of them ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [("init",), ("import", __file__), ("read",), ("status",)])
+@pytest.mark.parametrize("arguments", [("init",), ("import", __file__), ("export",), ("read",), ("status",)])
 def test_no_database_named_is_an_error_and_starts_no_server(
     arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def started(*_arguments: object, **_options: object) -> None:
         raise AssertionError("a server was started unasked")
 
-    monkeypatch.setattr(cli, "EmbeddedServer", started)
+    monkeypatch.setattr(cli_common, "EmbeddedServer", started)
     result = run(*arguments)
     assert result.exit_code == 1
     assert result.stdout == ""
@@ -113,7 +72,7 @@ def test_no_database_named_is_an_error_and_starts_no_server(
     assert "--embedded" in result.stderr
 
 
-@pytest.mark.parametrize("command", ["import", "read", "status"])
+@pytest.mark.parametrize("command", ["import", "export", "read", "status"])
 def test_a_missing_schema_names_hindsight_init(database: str, command: str, tmp_path: Path) -> None:
     (tmp_path / "events.ndjson").write_bytes(b'{"stream":"a","type":"t","data":{}}\n')
     arguments = [str(tmp_path / "events.ndjson")] if command == "import" else []
@@ -138,6 +97,9 @@ def test_the_environment_names_the_database(database: str, store: EventStore, mo
         ("read", "--correlation-id", "no uuid"),
         ("read", "--stream", ""),
         ("read", "--type", "\udcff"),
+        ("read", "--limit", str(2**63)),
+        ("export", "--until", "there"),
+        ("export", "-o", "/"),
         ("status", "--schema", "pg_mine"),
         ("status", "--dsn", "host=here", "--embedded", "/there"),
         ("status", "--dsn", "host=here", "--database", "x"),
@@ -183,7 +145,7 @@ def test_what_an_error_quotes_of_a_password_is_blacked_out(monkeypatch: pytest.M
         def __init__(self, conninfo: str, **_options: object) -> None:
             raise psycopg.OperationalError(f"cannot connect with {conninfo}\nreally")
 
-    monkeypatch.setattr(cli, "EventStore", Talkative)
+    monkeypatch.setattr(cli_common, "EventStore", Talkative)
     result = run("status", "--dsn", "host=here password=geheim")
     assert result.exit_code == 1
     assert result.stderr == "Error: cannot connect with host=here password=*** really\n"
@@ -201,7 +163,7 @@ def test_the_help_documents_the_exit_codes() -> None:
     text = run("--help").stdout
     for code in ("0 ", "1 ", "2 ", "3 ", "130 "):
         assert f"\n    {code}" in text
-    for command in ("demo", "init", "import", "read", "status"):
+    for command in ("demo", "init", "import", "export", "read", "status"):
         assert f"\n  {command} " in text
         assert run(command, "--help").exit_code == 0
 
@@ -536,7 +498,7 @@ def test_a_private_server_keeps_its_data(installation: Installation, monkeypatch
         assert '"nothing" does not exist' in missing.stderr
 
         # Without DIR, where the option stands last.
-        monkeypatch.setattr(cli, "default_data_dir", lambda name: Path(data_dir))
+        monkeypatch.setattr(cli_common, "default_data_dir", lambda name: Path(data_dir))
         assert run("status", "--embedded").exit_code == 0
     finally:
         shutil.rmtree(folder)

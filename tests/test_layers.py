@@ -15,23 +15,38 @@ LAYERS = [
     {"errors"},
     {"_core"},
     # Values, and rooms without a neighbour.
-    {"writes", "payloads", "streams", "schema", "connecting", "import_source", "progress", "installations"},
+    {"writes", "payloads", "streams", "schema", "connecting", "import_source", "export_target", "progress"},
+    {"installations"},
+        "writes",
+        "payloads",
+        "streams",
+        "schema",
+        "connecting",
+        "import_source",
+        "export_target",
+        "progress",
+        "installations",
+    },
     {"statements", "results", "import_lines", "demo_events", "accounts"},
     {"events", "reading", "read_ahead", "import_chunks", "server_guard"},
     {"event_registry", "appending"},
     {"import_rejects"},
     {"import_writer", "embedded"},
-    {"import_jobs", "import_dry_run"},
-    {"importer"},
+    {"import_jobs", "import_dry_run", "import_build"},
+    {"import_initial"},
+    {"importer", "exporter"},
     {"store"},
     {"status", "schema_check"},
     {"__init__"},
     {"demo"},
+    {"cli_common"},
+    {"cli_import", "cli_read"},
     {"cli"},
 ]
 # The only modules that may talk to a server or start one.
-SHELLS = {"store", "appending", "read_ahead", "import_writer", "import_dry_run", "import_jobs", "importer"}
-SHELLS |= {"installations", "accounts", "server_guard", "embedded", "status", "demo", "cli"}
+SHELLS = {"store", "appending", "read_ahead", "import_writer", "import_dry_run", "import_jobs", "import_build"}
+SHELLS |= {"import_initial", "importer", "installations", "accounts", "server_guard", "embedded", "status", "demo"}
+SHELLS |= {"cli_common", "cli_import", "cli_read", "cli"}
 IO_MODULES = {"psycopg_pool", "subprocess", "socket", "select"}
 
 

@@ -76,6 +76,18 @@ def test_any_schema_name_works(database: str, name: str) -> None:
         connection.execute(sql.SQL("DROP SCHEMA {} CASCADE").format(sql.Identifier(name)))
 
 
+def test_psql_runs_the_packaged_scripts_where_they_lie(server: EmbeddedServer, database: str) -> None:
+    from importlib.resources import as_file, files
+
+    with as_file(files("hindsight_fast").joinpath("schema.sql")) as path:
+        done = subprocess.run(
+            [server.bin("psql"), "-qX", "-v", "ON_ERROR_STOP=1", "-f", path, database], capture_output=True
+        )
+    assert (done.returncode, done.stderr) == (0, b"")
+    with EventStore(database) as store:
+        assert store.import_events([LINE], import_id="one", mode="initial").events == 1
+
+
 @pytest.mark.essential
 def test_psql_runs_the_script_as_it_is(server: EmbeddedServer, database: str) -> None:
     for script in (schema_sql("hindsight"), schema_sql("hindsight"), schema_sql("an'other \"one")):
@@ -90,7 +102,8 @@ def test_psql_runs_the_script_as_it_is(server: EmbeddedServer, database: str) ->
 def test_the_packaged_script_and_the_default_name_are_the_same() -> None:
     from importlib.resources import files
 
-    packaged = files("hindsight_fast").joinpath("schema.sql").read_text(encoding="utf-8")
+    folder = files("hindsight_fast")
+    packaged = "".join(each.read_text(encoding="utf-8") for each in folder.iterdir() if each.name.endswith(".sql"))
     composed = schema_sql("hindsight")
     assert packaged.replace("$body$", "'").count("hindsight.") == composed.replace('"hindsight"', "hindsight").count(
         "hindsight."

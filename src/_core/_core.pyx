@@ -2,12 +2,14 @@
 # cython: auto_pickle=False, autotestdict=False
 """The compiled core: bytes and Python objects in, bytes and Python objects out; no I/O, no psycopg, no network.
 
-The parts, in reading order: what a position is, how bytes are read and written, rows going in, rows coming out.
+The parts, in reading order: what a position is, how bytes are read and written, rows going in, rows coming out, lines
+made of them, and what an import's line must not hold.
 Their plain Python twins are the oracle of the tests and are not shipped.
 """
 
 cimport cython
 from cpython cimport datetime as c_datetime
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.number cimport PyNumber_AsSsize_t
 from cpython.mem cimport PyMem_Free, PyMem_Realloc
@@ -35,8 +37,10 @@ __all__ = [
     "EventRows",
     "RecordedEvent",
     "ResultReader",
+    "check_fields",
     "decode_result",
     "decode_row",
+    "export_lines",
 ]
 
 c_datetime.import_datetime()
@@ -45,3 +49,5 @@ include "cursor.pxi"
 include "wire.pxi"
 include "encode_rows.pxi"
 include "decode_rows.pxi"
+include "export_lines.pxi"
+include "line_fields.pxi"

@@ -349,6 +349,9 @@ cdef class EventBatch:
                 if reader.pq.fformat(pointer, column) != 1:
                     raise MalformedRow("the result is not in binary format")
             self.row_count = reader.pq.ntuples(pointer)
+        # No length is negative: Python would end in a SystemError.
+        if self.row_count < 0:
+            raise MalformedRow(f"a result of {self.row_count} rows")
 
     def __len__(self):
         return self.row_count

@@ -29,6 +29,10 @@ COPY_TRAILER = b"\xff\xff"
 # PostgreSQL keeps a field below 1 GiB, and a row's tuple as well.
 cdef Py_ssize_t MAX_ROW_BYTES = 0x3FFFFF00
 
+# What a B-tree takes of a row is 2,704 bytes: whoever indexes names, alone or with a position, must be able to. A longer
+# one is a payload in the wrong place.
+cdef Py_ssize_t MAX_NAME_BYTES = 1000
+
 cdef object MAX_EVENT_VERSION = 2**31 - 1
 
 cdef object EPOCH = datetime(2000, 1, 1, tzinfo=timezone.utc)  # where PostgreSQL's microseconds count from
@@ -173,9 +177,11 @@ cdef class EventRows:
         try:
             name = PyUnicode_AsUTF8AndSize(event_name, &name_size)
         except UnicodeEncodeError as error:
-            raise ValueError(f"event name {event_name!r} holds a lone surrogate") from error
+            raise ValueError(f"event name {event_name[:80]!r} holds a lone surrogate") from error
         if name_size == 0:
             raise ValueError("event name is empty")
+        if name_size > MAX_NAME_BYTES:
+            raise ValueError(f"event name takes {name_size} bytes, {MAX_NAME_BYTES} at most: {event_name[:80]!r}...")
         if memchr(name, 0, name_size) is not NULL:
             raise ValueError(f"event name {event_name!r} holds a NUL character, which PostgreSQL cannot store")
         if not undated:
@@ -183,10 +189,7 @@ cdef class EventRows:
         if self.row_count_ == 0x7FFFFFFF:
             raise OverflowError("more rows than one transaction can number")
         # Checked one by one: their sum could wrap.
-        if (
-            name_size > MAX_ROW_BYTES or payload.shape[0] > MAX_ROW_BYTES
-            or (metadata is not None and metadata.shape[0] > MAX_ROW_BYTES)
-        ):
+        if payload.shape[0] > MAX_ROW_BYTES or (metadata is not None and metadata.shape[0] > MAX_ROW_BYTES):
             raise ValueError("an event must stay below 1 GiB")
         size = FIXED_SIZE + 4 + (16 if correlation_id is not None else 0) + 4 + name_size + 4 + payload.shape[0] + 4
         if metadata is not None:

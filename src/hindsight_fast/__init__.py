@@ -14,6 +14,7 @@ from .errors import (
     StoreClosed,
 )
 from .events import EventType, NewEvent
+from .exporter import ExportProgress
 from .importer import ImportProgress, ImportReport
 from .store import EventStore
 from .streams import STREAM_NAMESPACE, stream_uuid
@@ -33,6 +34,7 @@ __all__ = [
     "EventParseError",
     "EventStore",
     "EventType",
+    "ExportProgress",
     "HindsightError",
     "ImportFailed",
     "ImportProgress",

@@ -19,8 +19,10 @@ __all__ = [
     "EventRows",
     "RecordedEvent",
     "ResultReader",
+    "check_fields",
     "decode_result",
     "decode_row",
+    "export_lines",
 ]
 
 EVENT_COLUMNS: Final[tuple[str, ...]]
@@ -149,3 +151,5 @@ def decode_result(
     decode_payload: Callable[[RecordedEvent], Any] | None = None,
     reader: ResultReader | None = None,
 ) -> list[RecordedEvent]: ...
+def export_lines(events: Iterable[RecordedEvent], block_size: int = ...) -> Generator[bytes]: ...
+def check_fields(line: bytes, data: Buffer, metadata: Buffer | None = None) -> bool: ...

@@ -164,9 +164,12 @@ class ImportFailed(HindsightError):
     """An import stopped at a line; chunks before it are stored with their checkpoint, its own chunk is not.
 
     ``source`` names the file, ``line_no`` counts from 1 (None where no single line is to blame), ``byte_offset`` is
-    where that line begins in the (decompressed) source (None for a line that only the server refused). Mend the cause
+    where that line begins in the (decompressed) source. Mend the cause
     and import again under the same ``import_id``: it goes on behind the last stored chunk, which ends with line
     ``stored_lines``.
+
+    Of an initial import that brings an id twice nothing is stored: ``duplicate_count`` ids stand on more than one
+    line, and ``duplicates`` are the first hundred of them, each with its first hundred lines.
     """
 
     def __init__(
@@ -178,6 +181,8 @@ class ImportFailed(HindsightError):
         line_no: int | None = None,
         byte_offset: int | None = None,
         stored_lines: int = 0,
+        duplicates: tuple[tuple[UUID, tuple[int, ...]], ...] = (),
+        duplicate_count: int = 0,
     ) -> None:
         place = source if line_no is None else f"{source}, line {line_no}"
         super().__init__(f"{place}: {reason}")
@@ -187,3 +192,5 @@ class ImportFailed(HindsightError):
         self.line_no = line_no
         self.byte_offset = byte_offset
         self.stored_lines = stored_lines
+        self.duplicates = duplicates
+        self.duplicate_count = duplicate_count

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Final
 
@@ -19,7 +19,7 @@ from .import_lines import BadLine, LineReader
 from .import_source import LineSource, SourceError
 
 MOST_CHUNK_BYTES: Final = 32 * 1024 * 1024
-"""What chunks being encoded take together; as much again is being sent."""
+"""What chunks being encoded take together, a line more or less; as much again may wait, and be on its way."""
 STEP_LINES: Final = 50
 """Lines encoded between two looks at the socket: about 0.15 ms, while its buffer holds milliseconds of work."""
 SHARD_LAG: Final = 8
@@ -54,7 +54,8 @@ class Chunk:
     """Encoded events of one shard, and what lies between two of its checkpoints.
 
     ``line_nos`` and ``offsets`` tell of each row where its line stood; ``lines``, the lines themselves, are kept only
-    where bad ones are collected. ``known`` counts rows that were taken out because the store has them.
+    where bad ones are collected; they and the rejected ones take ``line_bytes``. Of the latter the first
+    ``rejected_on_disk`` are written down.
     """
 
     start: Checkpoint
@@ -63,25 +64,33 @@ class Chunk:
     line_nos: array[int] = field(default_factory=lambda: array("q"))
     offsets: array[int] = field(default_factory=lambda: array("q"))
     lines: list[bytes] | None = None
+    line_bytes: int = 0
     rejected: list[RejectedLine] = field(default_factory=list)
+    rejected_on_disk: int = 0
     end: Checkpoint = field(default_factory=Checkpoint.at_start)
     at_end: bool = False
-    known: int = 0
+
+    @property
+    def byte_count(self) -> int:
+        return self.rows.byte_count + self.line_bytes
 
     def reject(self, row: int, reason: str) -> None:
         """Move a row's line to the rejected ones."""
         assert self.lines is not None
         self.rejected.append(RejectedLine(self.line_nos[row], self.offsets[row], reason, self.lines[row]))
-        self.rejected.sort(key=lambda rejected: rejected.line_no)
-        self.keep([kept for kept in range(len(self.rows)) if kept != row])
+        rest = self.without({row})
+        self.rows, self.line_nos, self.offsets, self.lines = rest.rows, rest.line_nos, rest.offsets, rest.lines
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Take out all rows but these."""
-        self.rows = self.rows.select(rows)
-        self.line_nos = array("q", (self.line_nos[row] for row in rows))
-        self.offsets = array("q", (self.offsets[row] for row in rows))
-        if self.lines is not None:
-            self.lines = [self.lines[row] for row in rows]
+    def without(self, rows: Set[int]) -> Chunk:
+        """Return the same chunk without some of its rows."""
+        kept = [row for row in range(len(self.rows)) if row not in rows]
+        return replace(
+            self,
+            rows=self.rows.select(kept),
+            line_nos=array("q", [self.line_nos[row] for row in kept]),
+            offsets=array("q", [self.offsets[row] for row in kept]),
+            lines=None if self.lines is None else [self.lines[row] for row in kept],
+        )
 
 
 class ChunkMaker:
@@ -109,8 +118,10 @@ class ChunkMaker:
         self._ended = False
         self._failure: Exception | None = None  # raised when its chunk is due: the one before it is not to blame
         self._chunks = [self._new_chunk(shard) for shard in range(shard_count)]
-        # Where each line goes: None for a shard whose checkpoint lies further on.
-        self._targets: list[EventRows | None] = [chunk.rows for chunk in self._chunks]
+        # Where each line goes: for a shard whose checkpoint lies further on, into rows that are thrown away. Its lines
+        # are checked all the same, because bad ones are the first shard's, and that may not have come so far.
+        self._targets: list[EventRows] = [chunk.rows for chunk in self._chunks]
+        self._discarded = EventRows()
         self._ahead: list[Checkpoint] = []  # of those shards, the nearest first
 
     def skip_to(self, checkpoints: Sequence[Checkpoint]) -> None:
@@ -156,9 +167,12 @@ class ChunkMaker:
                         chunk.offsets.append(self._offset)
                         if chunk.lines is not None:
                             chunk.lines.append(line)
+                            chunk.line_bytes += len(line)
             self._offset += len(line) + 1
             self._block_at += len(line) + 1
         self._correct_end()
+        if len(self._discarded):
+            self._discarded.clear()
         if self._ahead and self._line_no == self._ahead[0].line_no:
             self._pass_checkpoint()
         return True
@@ -174,14 +188,15 @@ class ChunkMaker:
         """Whether a chunk is full, or nothing can follow it."""
         return self._ended or self._failure is not None or bool(self._full())
 
-    def finish(self) -> list[Chunk]:
+    def finish(self, meanwhile: Callable[[], object] | None = None) -> list[Chunk]:
         """Complete what is full, waiting for the source where need be, and begin the next; at the end, complete all.
 
-        Raises ImportFailed if a line is bad (unless those are collected), or what the source raised: nothing of such a
-        chunk is stored.
+        While the source has nothing, *meanwhile* is called now and then. Raises ImportFailed if a line is bad (unless
+        those are collected), or what the source raised: nothing of such a chunk is stored.
         """
-        while self.step(wait=True, lines=1_000):
-            pass
+        while not self.done:
+            if not self.step(wait=True, lines=1_000) and meanwhile is not None:
+                meanwhile()
         if self._failure is not None:
             raise self._failure
         if self._ended and self._ahead:
@@ -196,13 +211,14 @@ class ChunkMaker:
 
     def _full(self) -> list[Chunk]:
         chunks = self._chunks
-        if sum([chunk.rows.byte_count for chunk in chunks]) >= MOST_CHUNK_BYTES:
-            return [max(chunks, key=lambda chunk: chunk.rows.byte_count)]
         most = self.most_events
+        # Each its share, not the largest of all: sources sorted by stream fill one shard's queue after the other.
+        most_bytes = MOST_CHUNK_BYTES // len(chunks)
         return [
             chunk
             for chunk in chunks
             if len(chunk.rows) + len(chunk.rejected) >= most
+            or chunk.byte_count >= most_bytes
             or (len(chunks) > 1 and self._line_no - chunk.start.line_no >= SHARD_LAG * len(chunks) * most)
         ]
 
@@ -216,29 +232,37 @@ class ChunkMaker:
         return Checkpoint(self._line_no, self._offset, self._digest.digest())
 
     def _aim(self) -> None:
-        self._targets[:] = [None if chunk.start.line_no > self._line_no else chunk.rows for chunk in self._chunks]
+        self._targets[:] = [
+            self._discarded if chunk.start.line_no > self._line_no else chunk.rows for chunk in self._chunks
+        ]
 
     def _pass_checkpoint(self) -> None:
         checkpoint = self._ahead.pop(0)
-        if self._here() != checkpoint:
+        # That time the source may have ended here, without the newline that its last line has now.
+        at = self._block_at - (self._offset - checkpoint.byte_offset)
+        digest = self._digest.copy()
+        digest.update(memoryview(self._block)[self._digested : max(at, self._digested)])
+        if digest.digest() != checkpoint.digest or self._block[at : self._block_at].strip():
             self._failure = self._changed(checkpoint, "its bytes differ now")
         self._aim()
 
     def _reject(self, line: bytes, reason: str) -> bool:
         """Note a bad line. False if it ends the import."""
+        first = self._chunks[0]  # has them all, as their streams may not be known
+        if first.start.line_no >= self._line_no:
+            return True  # passed over by an earlier call, wherever that put it
         if not self._collect:
             self._failure = self._failed(reason, self._line_no, self._offset)
             return False
-        if self._targets[0] is not None:
-            # Whichever shard it might have been for.
-            self._chunks[0].rejected.append(RejectedLine(self._line_no, self._offset, reason, line))
+        first.rejected.append(RejectedLine(self._line_no, self._offset, reason, line))
+        first.line_bytes += len(line)
         return True
 
     def _next_block(self, *, wait: bool) -> bool:
         try:
             block = self._source.next_block(wait=wait)
         except SourceError as error:
-            self._failure = self._failed(error.reason, error.line_no, None)
+            self._failure = self._failed(error.reason, error.line_no, error.byte_offset)
             return False
         except Exception as error:  # noqa: BLE001 - whatever the caller's source raises; kept, and raised by finish()
             self._failure = error
@@ -261,7 +285,8 @@ class ChunkMaker:
             text = b"   " + text[3:]  # a byte order mark, passed over as white space; offsets stay true
         try:
             # Checked a block at a time: what lies inside data is not decoded here, and the server would refuse it late.
-            text.decode()
+            if not text.isascii():
+                text.decode()
             self._damaged = False
         except UnicodeDecodeError:
             self._damaged = True
@@ -275,8 +300,10 @@ class ChunkMaker:
             try:
                 following = self._source.next_block(wait=True)
             except SourceError as error:
-                raise self._failed(error.reason, error.line_no, None) from error
-            if following == "end" or following == "not yet":
+                raise self._failed(error.reason, error.line_no, error.byte_offset) from error
+            if following == "not yet":
+                continue
+            if following == "end":
                 raise self._changed(checkpoint, "it is shorter now")
             block, rest = following, checkpoint.byte_offset - self._offset
             self._digest.update(memoryview(block)[:rest])

@@ -1,7 +1,9 @@
 """Importing without importing: everything is checked, the store is not touched, and the time is estimated.
 
 Each chunk goes into a temporary table of the same definition, so that the server itself reads every value, and is
-rolled back. Ids that the lines bring are compared with the stored ones, and at the end with each other.
+rolled back. Ids that the lines bring are compared with the stored ones, and with those of the chunks before.
+
+Not tried are somebody's own triggers and foreign keys, and from the second chunk on their unique indexes.
 """
 
 from __future__ import annotations
@@ -15,14 +17,13 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 import psycopg
 
-from ._core import Cursor, EventRows, decode_row
-from .errors import ImportFailed
+from ._core import Cursor, EventRows, RecordedEvent, decode_row
 from .import_chunks import Chunk, ChunkMaker
 from .import_lines import LineReader
 from .import_rejects import RejectFile
-from .import_writer import ChunkWriter, Stored
+from .import_writer import ChunkWriter, Refused, Stored
 from .schema import LAYOUT
-from .statements import CHECK_DEFERRED, COPY_DRY_RUN_IDS, DROP_DRY_RUN, REPEATED_DRY_RUN_IDS
+from .statements import CHECK_DEFERRED, COPY_DRY_RUN_IDS, DROP_DRY_RUN, KNOWN_DRY_RUN_IDS
 
 if TYPE_CHECKING:
     from .statements import Statements
@@ -48,14 +49,16 @@ class DryRun(ChunkWriter):
     ) -> None:
         super().__init__(connection, statements, import_id, source_name, generation, rejects)
         self._derived_id = LineReader(import_id).derived_id
+        self._brings_ids = False
         self._events = 0
         self._began = time.monotonic()
         self._seconds_of_one: float | None = None  # of an event, into a table with all indexes
 
     def __enter__(self) -> Self:
         self._execute(DROP_DRY_RUN.encode(), ())
-        for statement in self._statements.make_dry_run:
-            self._execute(statement, ())
+        with self._connection.transaction():  # all or none: they stay with the connection
+            for statement in self._statements.make_dry_run:
+                self._execute(statement, ())
         return self
 
     def __exit__(
@@ -66,28 +69,12 @@ class DryRun(ChunkWriter):
 
     def store(self, chunk: Chunk, meanwhile: ChunkMaker | None = None) -> Stored:
         """Check *chunk*. Raises ImportFailed where storing it would."""
-        brings_ids = self._rows_with_ids(chunk) != []
-        self._look_up_ids = brings_ids
+        self._brings_ids = bool(self._rows_with_ids(chunk))
         stored = super().store(chunk, meanwhile)
-        if brings_ids:
-            self._note_ids(chunk)
+        if self._brings_ids:
+            self._note_ids(self._sent)
         self._events += stored.events
         return Stored(stored.events, 0, stored.known, stored.rejected, None, stored.seconds)
-
-    def finish(self) -> Stored:
-        """Compare the ids of all chunks with each other. Raises ImportFailed if one stands for two contents."""
-        row = self._execute(REPEATED_DRY_RUN_IDS.encode(), ()).fetchone()
-        assert row is not None
-        repeated, conflicts, line_no = row
-        if conflicts:
-            raise ImportFailed(
-                "its id stands before with other content" + (f" (and {conflicts - 1} more such ids)" * (conflicts > 1)),
-                import_id=self._import_id,
-                source=self._source_name,
-                line_no=line_no,
-            )
-        self._events -= repeated
-        return Stored(-repeated, 0, repeated, 0, None, 0.0)
 
     @property
     def projected_seconds(self) -> float:
@@ -99,13 +86,29 @@ class DryRun(ChunkWriter):
 
     def _try_to_store(self, chunk: Chunk, meanwhile: ChunkMaker | None) -> tuple[Cursor | None, int]:
         with self._connection.transaction(force_rollback=True):
-            if self._look_up_ids and len(chunk.rows):
-                self._leave_out_known(chunk)
-            if len(chunk.rows):
-                self._copy(chunk.rows, meanwhile)
+            self._sent = self._without_known(chunk) if self._brings_ids and len(chunk.rows) else chunk
+            if len(self._sent.rows):
+                self._copy(self._sent.rows, meanwhile)
                 self._execute(CHECK_DEFERRED.encode(), ())
             self._execute(self._statements.check_writable, (LAYOUT, self._generation))
         return None, 0
+
+    def _without_known(self, chunk: Chunk) -> Chunk:
+        rest = super()._without_known(chunk)
+        brought = {row: decode_row(rest.rows.row(row)) for row in self._rows_with_ids(rest)}
+        ids = [event.event_id for event in brought.values()]
+        found = self._execute(KNOWN_DRY_RUN_IDS.encode(), (ids,))
+        noted = {event_id: (content, time_) for event_id, content, time_ in found}
+        again = set()
+        for row, event in brought.items():
+            if event.event_id in noted:
+                content, time_ = noted[event.event_id]
+                # The time only where this line has one: as when the other had been stored by then.
+                if _digest_of(event) != content or self._time_of(rest, row, event) not in (None, time_):
+                    refused = chunk.line_nos.index(rest.line_nos[row])
+                    raise Refused(refused, f"the id {event.event_id} is known, with another content or time")
+                again.add(row)
+        return rest.without(again) if again else rest
 
     def _copy(self, rows: EventRows, meanwhile: ChunkMaker | None) -> tuple[Cursor, int]:
         # Places that no real event has: versions from 1, as if each stream had one event before.
@@ -133,8 +136,17 @@ class DryRun(ChunkWriter):
         with psycopg.Cursor(self._connection).copy(COPY_DRY_RUN_IDS.encode()) as copy:
             for row in self._rows_with_ids(chunk):
                 event = decode_row(chunk.rows.row(row))
-                time_ = event.created_at.isoformat() if chunk.rows.is_dated(row) else ""
-                content = blake2b(event.data, digest_size=16)
-                content.update(repr((event.stream_id, event.name, event.version, event.correlation_id, time_)).encode())
-                content.update(event.metadata_json or b"")
-                copy.write_row((event.event_id, content.digest(), chunk.line_nos[row]))
+                copy.write_row((event.event_id, _digest_of(event), self._time_of(chunk, row, event)))
+
+    def _time_of(self, chunk: Chunk, row: int, event: RecordedEvent) -> str | None:
+        return event.created_at.isoformat() if chunk.rows.is_dated(row) else None
+
+
+def _digest_of(event: RecordedEvent) -> bytes:
+    """What tells an event's content from another's, its time left out."""
+    metadata = event.metadata_json
+    fields = (event.stream_id, event.name, event.version, event.correlation_id, len(event.data), metadata is None)
+    digest = blake2b(repr(fields).encode(), digest_size=16)
+    digest.update(event.data)
+    digest.update(metadata or b"")
+    return digest.digest()

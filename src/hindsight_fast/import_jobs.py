@@ -8,25 +8,35 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 from .import_chunks import Chunk
 from .import_writer import ChunkWriter, Stored
+
+WAIT_S: Final = 0.1
+"""How soon what a writer has done or met is noticed by whoever waits for room or for the end."""
 
 
 class Jobs:
     """A writer for each shard; a shard's chunks are stored one after the other, in the order in which they come.
 
-    Use it in a ``with`` statement. Left by an exception, it lets each writer end the chunk that it is at, and drops
-    what waits; what was not stored is read again by the next import under the same id.
+    *lines_done* says of each shard how many lines it had before. Use it in a ``with`` statement. Left by an exception,
+    it lets each writer end the chunk that it is at (one that waits for a lock gives up), and drops what waits; what was
+    not stored is read again by the next import under the same id.
     """
 
-    def __init__(self, writers: Sequence[ChunkWriter]) -> None:
+    def __init__(self, writers: Sequence[ChunkWriter], lines_done: Sequence[int]) -> None:
+        self._writers = writers
         self._waiting: list[SimpleQueue[Chunk | None]] = [SimpleQueue() for _ in writers]
-        # Of each shard one chunk is being stored and one waits, so that its server is never idle.
-        self._room = [threading.Semaphore(2) for _ in writers]
+        # Permits: of each shard one chunk is being stored and one waits, so that its server is never idle. No
+        # semaphores: an interrupt between two bytecodes of theirs leaves a lock held, and a writer would stop there.
+        self._room: list[SimpleQueue[None]] = [SimpleQueue() for _ in writers]
+        for room in self._room:
+            room.put(None)
+            room.put(None)
+        self._lines_done = list(lines_done)
         self._stored: SimpleQueue[Stored] = SimpleQueue()
         self._failure: BaseException | None = None
         self._stopping = False
@@ -36,53 +46,77 @@ class Jobs:
         ]
 
     def __enter__(self) -> Self:
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except BaseException:  # an interrupt, or no more threads: those that run would wait for ever
+            self._stop()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._stopping = True
-        self._join()
+        self._stop()
+
+    @property
+    def lines_done(self) -> int:
+        """How many lines every shard has done."""
+        return min(self._lines_done)
 
     def give(self, chunk: Chunk) -> Iterator[Stored]:
         """Give a chunk to its shard's writer, waiting until that has room; yields what was stored meanwhile.
 
         Raises what a writer raised.
         """
-        while not self._room[chunk.shard].acquire(timeout=0.1):
-            self._raise_failure()
-        self._raise_failure()
+        while not self._has_room(chunk.shard):
+            yield from self.finished()
+        yield from self.finished()
         self._waiting[chunk.shard].put(chunk)
-        yield from self._finished()
+
+    def finished(self) -> Iterator[Stored]:
+        """Yield what has been stored by now. Raises what a writer raised."""
+        while not self._stored.empty():
+            yield self._stored.get()
+        if self._failure is not None:
+            raise self._failure
 
     def finish(self) -> Iterator[Stored]:
         """Wait until all is stored; yields what was stored meanwhile. Raises what a writer raised."""
-        self._join()
-        self._raise_failure()
-        yield from self._finished()
-
-    def _join(self) -> None:
         for waiting in self._waiting:
             waiting.put(None)
         for thread in self._threads:
-            thread.join()
+            while thread.is_alive():
+                thread.join(WAIT_S)
+                yield from self.finished()
+        yield from self.finished()
 
-    def _finished(self) -> Iterator[Stored]:
-        while not self._stored.empty():
-            yield self._stored.get()
+    def _has_room(self, shard: int) -> bool:
+        try:
+            self._room[shard].get(timeout=WAIT_S)
+        except Empty:
+            return False
+        return True
 
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise self._failure
+    def _stop(self) -> None:
+        self._stopping = True
+        for writer, waiting in zip(self._writers, self._waiting, strict=True):
+            writer.hurry()
+            waiting.put(None)
+        for thread in self._threads:
+            if thread.ident is not None:  # None: it was never started
+                thread.join()
 
     def _work(self, shard: int, writer: ChunkWriter) -> None:
         while (chunk := self._waiting[shard].get()) is not None and not self._stopping:
             try:
                 self._stored.put(writer.store(chunk))
             except BaseException as error:  # noqa: BLE001 - raised in the thread that gives chunks
+                # The first one is told: the others may follow from it.
                 self._failure = self._failure or error
                 self._stopping = True
+                for each in self._writers:
+                    each.hurry()
                 return
-            self._room[shard].release()
+            self._lines_done[shard] = chunk.end.line_no
+            self._room[shard].put(None)

@@ -15,7 +15,7 @@ from zlib import crc32
 
 import msgspec
 
-from ._core import EventRows
+from ._core import EventRows, check_fields
 from .streams import stream_bytes
 
 _ABSENT: Final = msgspec.Raw(b"")
@@ -24,6 +24,10 @@ _UUID_TEXT: Final = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F
 MAX_LINE_NO: Final = 2**40 - 1
 STREAMS_REMEMBERED: Final = 65_536
 """Names whose ids are kept: a name costs 1.5 µs, a look-up 0.03. Bounded, as streams are not."""
+REMEMBERED_CHARACTERS: Final = 200
+"""Longer names are not kept: there may be megabytes of each."""
+MOST_REASON_CHARACTERS: Final = 400
+"""A reason can quote a field's name, and that is as long as the line likes."""
 
 
 class ImportLine(msgspec.Struct, forbid_unknown_fields=True, gc=False):
@@ -58,59 +62,61 @@ class LineReader:
         """Return the 16 bytes of the id of an event that brings none."""
         return (self._id_base | line_no << 22).to_bytes(16, "big")
 
-    def add(self, line: bytes, line_no: int, shards: Sequence[EventRows | None]) -> int:
+    def add(self, line: bytes, line_no: int, shards: Sequence[EventRows]) -> int:
         """Add *line* to the rows of its shard, the one of *shards* that its stream belongs to; returns which one it is.
 
-        None stands for a shard that has the line already. Raises BadLine, with all rows as they were.
+        Raises BadLine, with all rows as they were.
         """
         try:
             event = self._decode(line)
             stream_id = self._streams.get(event.stream) or self._stream_id(event.stream)
             shard = crc32(stream_id) % len(shards) if len(shards) > 1 else 0
-            rows = shards[shard]
-            if rows is None:
-                return shard
-            data = memoryview(event.data)
-            if data[0] != 0x7B:
-                raise BadLine("data must be a JSON object")
-            metadata = None
-            if event.metadata is not _ABSENT:
-                metadata = memoryview(event.metadata)
-                if metadata[0] == 0x6E:  # null
-                    metadata = None
-                elif metadata[0] != 0x7B:
-                    raise BadLine("metadata must be a JSON object or null")
-            rows.add(
+            metadata = None if event.metadata is _ABSENT else event.metadata
+            has_metadata = check_fields(line, event.data, metadata)
+            shards[shard].add(
                 self.derived_id(line_no) if event.id is None else event.id.bytes,
                 stream_id,
                 event.type,
                 event.version,
-                data,
+                event.data,
                 event.time,
                 None if event.correlation_id is None else event.correlation_id.bytes,
-                metadata,
+                metadata if has_metadata else None,
             )
             return shard
         except BadLine:
             raise
         except RecursionError:
-            raise BadLine("nested too deeply") from None
+            raise BadLine("data or metadata is nested too deeply") from None
         except (msgspec.MsgspecError, ValueError, OverflowError) as error:
-            raise BadLine(_reason(error)) from error
+            raise BadLine(_reason(error, line)) from error
 
     def _stream_id(self, text: str) -> bytes:
         if not text:
             raise BadLine("stream is empty")
-        if len(self._streams) >= STREAMS_REMEMBERED:
-            self._streams.clear()
         stream_id = bytes.fromhex(text.replace("-", "")) if _UUID_TEXT(text) else stream_bytes(text)
-        self._streams[text] = stream_id
+        if len(text) <= REMEMBERED_CHARACTERS:
+            if len(self._streams) >= STREAMS_REMEMBERED:
+                self._streams.clear()
+            self._streams[text] = stream_id
         return stream_id
 
 
-def _reason(error: Exception) -> str:
-    text = str(error)
+# An escaped half of a surrogate pair: a high one without a low one behind it. (A low one has a message of its own.)
+_HALF_PAIR: Final = re.compile(rb"(?<!\\)(?:\\\\)*\\u[dD][89abAB]..(?!\\u[dD][c-fC-F])", re.DOTALL).search
+_COLUMN_FIELDS: Final = {"created_at": "time", "event_version": "version", "event name": "type"}
+
+
+def _reason(error: Exception, line: bytes) -> str:
+    """What is wrong with a line, in words of the line's own fields: one line, of bounded length."""
+    text = str(error) or type(error).__name__
     if text == "Input data was truncated":
-        # What msgspec also says of an escaped half of a surrogate pair.
-        return "the JSON ends early, or holds half of an escaped surrogate pair"
-    return text or type(error).__name__
+        # What msgspec also says of half a pair inside a value that it lifts out.
+        text = "half of an escaped surrogate pair" if _HALF_PAIR(line) else "the JSON ends early"
+    for column, field in _COLUMN_FIELDS.items():
+        if text.startswith(column):
+            text = field + text[len(column) :]
+    if len(text) > MOST_REASON_CHARACTERS:
+        text = text[:MOST_REASON_CHARACTERS] + "…"
+    # The name of an unknown field is whatever stands in the file: no new line, and nothing that a terminal obeys.
+    return text if text.isprintable() else repr(text)[1:-1]

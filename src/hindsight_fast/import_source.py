@@ -23,17 +23,22 @@ BLOCK_BYTES: Final = 1024 * 1024
 LINES_BLOCK_BYTES: Final = 64 * 1024
 """Of an iterable less is gathered: it may be slow, and what it has given should not wait long."""
 BLOCKS_AHEAD: Final = 4
+"""That is also the most megabytes read ahead, unless a single line takes more."""
+WAIT_S: Final = 0.25
+"""A wait for a slow source ends this soon, so that whoever waits can see to other things."""
 MAX_LINE_BYTES: Final = 256 * 1024 * 1024
+"""Its newline included. PostgreSQL takes values of nearly 1 GiB, but an import takes eight times its longest line."""
 GZIP_MAGIC: Final = b"\x1f\x8b"
 
 
 class SourceError(Exception):
-    """The source cannot be read on behind the blocks already given: why, and in which line."""
+    """The source cannot be read on behind the blocks already given: why, and in which line, beginning at which byte."""
 
-    def __init__(self, reason: str, line_no: int) -> None:
+    def __init__(self, reason: str, line_no: int, byte_offset: int) -> None:
         super().__init__(reason)
         self.reason = reason
         self.line_no = line_no
+        self.byte_offset = byte_offset
 
 
 class LineSource:
@@ -69,7 +74,7 @@ class LineSource:
             self._lines = source
         # SimpleQueue, written in C: an interrupt between two bytecodes of queue.Queue left its lock held for ever.
         self._blocks: queue.SimpleQueue[bytes | BaseException | None] = queue.SimpleQueue()
-        self._room: queue.SimpleQueue[None] = queue.SimpleQueue()  # a permit for each block that may be read ahead
+        self._room: queue.SimpleQueue[None] = queue.SimpleQueue()  # a permit for each megabyte that may be read ahead
         for _ in range(BLOCKS_AHEAD):
             self._room.put(None)
         self._stopping = False
@@ -77,7 +82,7 @@ class LineSource:
         self._thread: threading.Thread | None = None
 
     def next_block(self, *, wait: bool) -> bytes | Literal["end", "not yet"]:
-        """Return the next block of lines; without *wait*, "not yet" where that would take time.
+        """Return the next block of lines, or "not yet": at once, or with *wait* when none has come for a moment.
 
         Raises SourceError, or what reading raised.
         """
@@ -87,11 +92,12 @@ class LineSource:
             self._thread = threading.Thread(target=self._read_ahead, name="hindsight-import-source", daemon=True)
             self._thread.start()
         try:
-            block = self._blocks.get(block=wait)
+            block = self._blocks.get(block=wait, timeout=WAIT_S)
         except queue.Empty:
             return "not yet"
         if isinstance(block, bytes):
-            self._room.put(None)
+            for _ in range(_permits(block)):
+                self._room.put(None)
             return block
         self._ended = True
         if block is not None:
@@ -119,10 +125,12 @@ class LineSource:
         last: BaseException | None = None
         try:
             for block in self._blocks_of_lines():
-                self._room.get()
-                if self._stopping:
-                    return
+                for _ in range(_permits(block)):
+                    self._room.get()
+                    if self._stopping:
+                        return
                 self._blocks.put(block)
+                del block  # a line of 256 MiB is not kept while the next one is read
         except BaseException as error:  # noqa: BLE001 - handed to the thread that asks for blocks, and raised there
             last = error
         self._blocks.put(last)
@@ -130,28 +138,34 @@ class LineSource:
     def _blocks_of_lines(self) -> Iterator[bytes]:
         begun: list[bytes] = []  # pieces of a line whose end has not come yet
         begun_bytes = 0
-        line_no = 1
+        line_no, offset = 1, 0  # of that line
         pieces = self._decompressed()
         while True:
             try:
                 piece = next(pieces, None)
             except (zlib.error, EOFError) as error:
-                raise SourceError(f"broken gzip: {error}", line_no) from error
+                raise SourceError(f"broken gzip: {error}", line_no, offset) from error
             if piece is None:
                 break
+            # Looked at line by line only where one may be too long.
+            if begun_bytes + len(piece) > MAX_LINE_BYTES and (long := _find_long_line(begun_bytes, piece)) is not None:
+                reason = f"a line longer than {MAX_LINE_BYTES} bytes"
+                at = offset + begun_bytes + long if long else offset
+                raise SourceError(reason, line_no + piece.count(b"\n", 0, long), at)
             end = piece.rfind(b"\n") + 1
             if end == 0:
                 begun.append(piece)
                 begun_bytes += len(piece)
-                if begun_bytes > MAX_LINE_BYTES:
-                    raise SourceError(f"a line longer than {MAX_LINE_BYTES} bytes", line_no)
                 continue
             block = b"".join((*begun, piece[:end])) if begun else piece[:end]
-            line_no += block.count(b"\n")
-            yield block
             begun, begun_bytes = [piece[end:]], len(piece) - end
-        if rest := b"".join(begun):
-            yield rest
+            del piece
+            line_no += block.count(b"\n")
+            offset += len(block)
+            yield block
+            del block
+        if begun_bytes:
+            yield b"".join(begun)
 
     def _decompressed(self) -> Iterator[bytes]:
         raw = self._raw()
@@ -177,6 +191,10 @@ class LineSource:
                     compressed = more.lstrip(b"\0")
                 if not compressed:
                     return
+                while len(compressed) < len(GZIP_MAGIC) and (more := next(raw, b"")):
+                    compressed += more
+                if not compressed.startswith(GZIP_MAGIC):
+                    raise EOFError("what follows its end is no gzip")
                 member = zlib.decompressobj(wbits=31)
             elif not compressed:
                 compressed = next(raw, b"")
@@ -214,6 +232,21 @@ class LineSource:
         if gathered:
             self.bytes_read += size
             yield b"".join(gathered)
+
+
+def _permits(block: bytes) -> int:
+    """How much of the room for reading ahead a block takes; one that is larger than all of it waits for all of it."""
+    return min(max(len(block) // BLOCK_BYTES, 1), BLOCKS_AHEAD)
+
+
+def _find_long_line(begun_bytes: int, piece: bytes) -> int | None:
+    """Where in *piece* a line begins that is too long, if one does; 0 for that of which *begun_bytes* came before."""
+    start, before = 0, begun_bytes
+    while (end := piece.find(b"\n", start) + 1) > 0:
+        if before + end - start > MAX_LINE_BYTES:
+            return start
+        start, before = end, 0
+    return start if before + len(piece) - start > MAX_LINE_BYTES else None
 
 
 def _standard_input() -> BinaryIO:

@@ -90,7 +90,7 @@ class _BigintArrayDumper(Dumper):
         return obj
 
 
-class _Refused(Exception):
+class Refused(Exception):
     """A row of the chunk that cannot be stored, and why."""
 
     def __init__(self, row: int, reason: str) -> None:
@@ -114,8 +114,8 @@ def find_checkpoints(
     """
     with connection.transaction():
         if begin:
-            _execute(connection, statements, statements.start_import, (import_id, jobs, jobs))
-        rows = _execute(connection, statements, statements.find_import, (import_id,)).fetchall()
+            execute(connection, statements, statements.start_import, (import_id, jobs, jobs))
+        rows = execute(connection, statements, statements.find_import, (import_id,)).fetchall()
         if rows and rows[0][4] != jobs:
             # Raised in here, so that nothing is left of what was begun just now.
             raise ImportFailed(
@@ -151,6 +151,8 @@ class ChunkWriter:
         self._source_name = source_name
         self._generation = generation
         self._rejects = rejects
+        self._hurried = False
+        self._sent = Chunk(Checkpoint.at_start())  # the chunk of the last try, without what was left out
         self._look_up_ids = False  # on from the first known id to the first chunk without one
         self._socket = select.poll()
         self._socket.register(connection.fileno(), select.POLLOUT)
@@ -165,18 +167,19 @@ class ChunkWriter:
         began = time.monotonic()
         while True:
             self._write_rejects(chunk)
+            self._sent = chunk
             try:
                 first, new_streams = self._while_locked(chunk, lambda: self._try_to_store(chunk, meanwhile))
-                return Stored(
-                    len(chunk.rows), new_streams, chunk.known, len(chunk.rejected), first, time.monotonic() - began
-                )
+                events = len(self._sent.rows)
+                known = len(chunk.rows) - events
+                return Stored(events, new_streams, known, len(chunk.rejected), first, time.monotonic() - began)
             except ROW_ERRORS as error:
-                refusal: psycopg.Error | _Refused = error
-            except _Refused as refused:
+                refusal: psycopg.Error | Refused = error
+            except Refused as refused:
                 refusal = refused
             # Out here, where nothing is chained to it: the server's detail and context quote what is stored, and
             # tracebacks end up in logs.
-            if isinstance(refusal, _Refused):
+            if isinstance(refusal, Refused):
                 self._refuse(chunk, refusal.row, refusal.reason)
                 continue
             constraint = refusal.diag.constraint_name
@@ -184,10 +187,16 @@ class ChunkWriter:
                 # Somebody has these ids: the next try finds out who. (A rival may bring them after the look-up, too.)
                 self._look_up_ids = True
                 continue
-            row, reason = self._refused_row(refusal, chunk), _reason_of(refusal)
-            if constraint in OWN_CONSTRAINTS:
-                raise self._failed(reason, chunk, row)  # no fault of the line's
-            self._refuse(chunk, row, reason)
+            row, reason = self._refused_row(refusal, self._sent), _reason_of(refusal)
+            if row is None and time.monotonic() - began < LOCK_PATIENCE_S and not self._hurried:
+                continue  # all rows are taken now
+            if row is None or constraint in OWN_CONSTRAINTS:
+                raise self._failed(reason, self._sent, row)  # no fault of a line's
+            self._refuse(chunk, chunk.line_nos.index(self._sent.line_nos[row]), reason)
+
+    def hurry(self) -> None:
+        """Let the chunk that is being stored wait for no more locks; from another thread."""
+        self._hurried = True
 
     def _while_locked(self, chunk: Chunk, attempt: Callable[[], T]) -> T:
         """Return what *attempt* does, tried again while others hold a stream of ours or wait in another order."""
@@ -196,9 +205,10 @@ class ChunkWriter:
             try:
                 return attempt()
             except (errors.DeadlockDetected, errors.LockNotAvailable) as error:
-                if time.monotonic() - began > LOCK_PATIENCE_S:
+                waited_s = time.monotonic() - began
+                if waited_s > LOCK_PATIENCE_S or self._hurried:
                     what = error.diag.message_primary or str(error)
-                    reason = f"streams of the chunk stayed locked for {LOCK_PATIENCE_S:.0f} s: {what}"
+                    reason = f"streams of the chunk stayed locked for {waited_s:.0f} s: {what}"
                     raise self._failed(reason, chunk) from error
                 time.sleep(random.uniform(0.005, 0.05))
 
@@ -207,20 +217,22 @@ class ChunkWriter:
         # Ends on every error, so that no lock outlives this call.
         with self._connection.transaction():
             self._limit()
+            # Found out anew at each try: what a row is known by may be rejected, or rolled back.
             if self._look_up_ids and len(chunk.rows):
-                self._leave_out_known(chunk)
+                self._sent = self._without_known(chunk)
+            rows = self._sent.rows
             # Before all locks of streams, so that a rival is met here: it waits, and then finds the row moved.
             moved = self._execute(
                 self._statements.move_import,
                 (
-                    chunk.end.line_no, chunk.end.byte_offset, chunk.end.digest, len(chunk.rows), chunk.at_end,
+                    chunk.end.line_no, chunk.end.byte_offset, chunk.end.digest, len(rows), chunk.at_end,
                     self._import_id, chunk.shard, chunk.start.line_no, chunk.start.byte_offset,
                 ),
             )  # fmt: skip
             if moved.rowcount != 1:
                 raise self._failed(f"another process runs the import {self._import_id!r}, and has moved on", chunk)
-            if len(chunk.rows):
-                first, new_streams = self._copy(chunk.rows, meanwhile)
+            if len(rows):
+                first, new_streams = self._copy(rows, meanwhile)
             # Last, in a snapshot of its own: what was committed while this append waited for its locks counts too.
             self._execute(self._statements.check_writable, (LAYOUT, self._generation))
         return first, new_streams
@@ -258,15 +270,15 @@ class ChunkWriter:
                 self._socket.poll(1_000)
                 return
 
-    def _leave_out_known(self, chunk: Chunk) -> None:
-        """Take out rows whose events are stored, or stand in the chunk before. Raises _Refused for other content."""
+    def _without_known(self, chunk: Chunk) -> Chunk:
+        """Return the chunk without what is stored or stands in it before. Raises Refused for other content."""
         rows = chunk.rows
         ids = rows.event_ids()
         result = self._execute(self._statements.known_events, (UuidArray(ids),)).pgresult
         assert result is not None
         stored = {event.event_id.bytes: event for event in events_of(result)}
         first_rows: dict[bytes, int] = {}
-        kept = []
+        again = set()
         for row in range(len(rows)):
             at = 24 + 20 * row  # behind the array's header and the element's length
             event_id = ids[at : at + 16]
@@ -274,18 +286,19 @@ class ChunkWriter:
             if known is None:
                 first = first_rows.setdefault(event_id, row)
                 if first == row:
-                    kept.append(row)
                     continue
-                known, dated = decode_row(rows.row(first)), dated and rows.is_dated(first)
+                known = decode_row(rows.row(first))
+                if dated and not rows.is_dated(first):
+                    # That one gets the server's time. The same as if it stood in the chunk before, and were stored.
+                    raise Refused(row, f"the id {known.event_id} is known, with another time")
             if difference := _difference(decode_row(rows.row(row)), known, dated):
-                raise _Refused(row, f"the id {known.event_id} is known, with another {difference}")
-        self._look_up_ids = len(kept) < len(rows)
-        if self._look_up_ids:
-            chunk.known += len(rows) - len(kept)
-            chunk.keep(kept)
+                raise Refused(row, f"the id {known.event_id} is known, with another {difference}")
+            again.add(row)
+        self._look_up_ids = bool(again)
+        return chunk.without(again) if again else chunk
 
-    def _refused_row(self, error: psycopg.Error, chunk: Chunk) -> int:
-        """Which row the server does not take."""
+    def _refused_row(self, error: psycopg.Error, chunk: Chunk) -> int | None:
+        """Which row the server does not take; None if it is none of them, or not any more."""
         # "COPY events, line 17": the number of the row; the words may be translated. What follows it can quote the
         # payload and goes nowhere.
         for line in reversed((error.diag.context or "").split("\n")):
@@ -295,25 +308,28 @@ class ChunkWriter:
                 if 1 <= number <= len(chunk.rows):
                     return number - 1
         # Refused without a place, by a deferred constraint for one: halve what is tried until a single row is left.
-        accepted, refused = 0, len(chunk.rows)
+        accepted, refused, middle = 0, len(chunk.rows) + 1, len(chunk.rows)
         while refused - accepted > 1:
-            middle = (accepted + refused) // 2
             rows = chunk.rows.select(range(middle))
-            if self._while_locked(chunk, lambda rows=rows: self._would_take(rows)):  # type: ignore[misc]
+            taken = self._while_locked(chunk, lambda rows=rows: self._would_take(rows))  # type: ignore[misc]
+            if taken is None:
+                return None
+            if taken:
                 accepted = middle
             else:
                 refused = middle
-        return refused - 1
+            middle = (accepted + refused) // 2
+        return refused - 1 if refused <= len(chunk.rows) else None
 
-    def _would_take(self, rows: EventRows) -> bool:
-        """Whether the server takes *rows*; they are not stored."""
+    def _would_take(self, rows: EventRows) -> bool | None:
+        """Whether the server takes *rows*; they are not stored. None if a rival has just brought one of their ids."""
         try:
             with self._connection.transaction(force_rollback=True):
                 self._limit()
                 self._copy(rows, None)
                 self._execute(CHECK_DEFERRED.encode(), ())
-        except ROW_ERRORS:
-            return False
+        except ROW_ERRORS as error:
+            return None if error.diag.constraint_name == IDS_CONSTRAINT else False
         return True
 
     def _refuse(self, chunk: Chunk, row: int, reason: str) -> None:
@@ -323,9 +339,11 @@ class ChunkWriter:
         chunk.reject(row, reason)
 
     def _write_rejects(self, chunk: Chunk) -> None:
-        if self._rejects is not None and chunk.rejected:
+        fresh = chunk.rejected[chunk.rejected_on_disk :]
+        if self._rejects is not None and fresh:
             try:
-                self._rejects.write(chunk.rejected)
+                self._rejects.write(fresh, chunk.shard)
+                chunk.rejected_on_disk += len(fresh)
             except TooManyRejects as error:
                 raise ImportFailed(
                     f"{error.rejected.reason}; that is one bad line more than max_errors allows",
@@ -337,7 +355,7 @@ class ChunkWriter:
                 ) from None
 
     def _execute(self, statement: bytes, parameters: tuple[Any, ...]) -> psycopg.Cursor[tuple[Any, ...]]:
-        return _execute(self._connection, self._statements, statement, parameters)
+        return execute(self._connection, self._statements, statement, parameters)
 
     def _failed(self, reason: str, chunk: Chunk, row: int | None = None) -> ImportFailed:
         return ImportFailed(
@@ -350,9 +368,10 @@ class ChunkWriter:
         )
 
 
-def _execute(
+def execute(
     connection: psycopg.Connection[Any], statements: Statements, statement: bytes, parameters: tuple[Any, ...]
 ) -> psycopg.Cursor[tuple[Any, ...]]:
+    """Run a statement in binary format. Raises SchemaError where the store refuses it."""
     cursor: psycopg.Cursor[tuple[Any, ...]] = psycopg.Cursor(connection, row_factory=tuple_row)
     cursor.adapters.register_dumper(UuidArray, _UuidArrayDumper)
     cursor.adapters.register_dumper(BigintArray, _BigintArrayDumper)

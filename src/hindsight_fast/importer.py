@@ -15,6 +15,7 @@ from ._core import Cursor
 from .errors import ImportFailed
 from .import_chunks import Checkpoint, Chunk, ChunkMaker
 from .import_dry_run import DryRun
+from .import_initial import InitialImport, Phase
 from .import_jobs import Jobs
 from .import_rejects import RejectFile
 from .import_source import ImportSource, LineSource
@@ -33,7 +34,11 @@ MOST_JOBS: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class ImportProgress:
-    """How far a running import has come: what is stored, and how much of the source has been read."""
+    """How far a running import has come: what is stored, and how much of the source has been read.
+
+    An initial import goes on when all lines are stored: its ``phase`` is "indexes", of which ``phase_share`` (0 to 1)
+    is built, and then "switch".
+    """
 
     events: int
     lines: int
@@ -41,6 +46,8 @@ class ImportProgress:
     source_bytes_read: int
     source_size: int | None
     bad_lines: int = 0
+    phase: Phase = "lines"
+    phase_share: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +80,7 @@ class ImportOptions:
     """What ``import_events`` was asked for, checked."""
 
     import_id: str
+    initial: bool = False
     jobs: int = 1
     chunk_size: int | None = None
     reject_path: str | os.PathLike[str] | None = None
@@ -132,25 +140,30 @@ def check_import_id(import_id: str) -> str:
 
 
 def run_import(
-    lend: Callable[[], AbstractContextManager[psycopg.Connection[Any]]],
+    lend: Callable[..., AbstractContextManager[psycopg.Connection[Any]]],
     statements: Statements,
     source: ImportSource,
     options: ImportOptions,
     generation: int,
 ) -> ImportReport:
-    """Import *source* to its end; see ``EventStore.import_events``. ``lend()`` gives a connection for each job."""
+    """Import *source* to its end; see ``EventStore.import_events``. ``lend(timeout)`` gives connections."""
     with ExitStack() as stack:
         lines = stack.enter_context(LineSource(source))
         connections = [stack.enter_context(lend()) for _ in range(1 if options.dry_run else options.jobs)]
         rejects = None
         if options.reject_path is not None:
             rejects = stack.enter_context(RejectFile(options.reject_path, options.import_id, options.max_errors))
+        if options.initial:
+            initial = InitialImport(connections[0], lend, statements, options.import_id, lines.name)
+            stack.enter_context(initial)
         maker = ChunkMaker(
             lines, options.import_id, options.most_events, shard_count=options.jobs, collect=rejects is not None
         )
         checkpoints, skipped = find_checkpoints(
             connections[0], statements, options.import_id, lines.name, options.jobs, begin=not options.dry_run
         )
+        if rejects is not None:
+            rejects.take_back([checkpoint.line_no for checkpoint in checkpoints])
         maker.skip_to(checkpoints)
         start = min(checkpoints, key=lambda checkpoint: checkpoint.line_no)
         run = _Run(options, maker, lines, start, skipped)
@@ -159,20 +172,28 @@ def run_import(
         if options.dry_run:
             dry_run = stack.enter_context(DryRun(connections[0], *how))
             run.store_all(lambda chunk: [dry_run.store(chunk, maker)])
-            run.take([dry_run.finish()])
             projected_seconds = dry_run.projected_seconds
+        elif options.initial:
+            beside = initial.writer(*how[-2:])
+            run.store_all(lambda chunk: [beside.store(chunk, maker)])
+            initial.complete(run.tell)
         elif options.jobs == 1:
             writer = ChunkWriter(connections[0], *how)
             run.store_all(lambda chunk: [writer.store(chunk, maker)])
         else:
-            jobs = stack.enter_context(Jobs([ChunkWriter(connection, *how) for connection in connections]))
+            writers = [ChunkWriter(connection, *how) for connection in connections]
+            jobs = stack.enter_context(Jobs(writers, [checkpoint.line_no for checkpoint in checkpoints]))
             try:
-                run.store_all(jobs.give)
-            except ImportFailed:
-                # What stands before a bad line is good, and is stored.
+                try:
+                    run.store_all(jobs.give, jobs.finished)
+                except ImportFailed:
+                    # What stands before a bad line is good, and is stored.
+                    run.take(jobs.finish())
+                    raise
                 run.take(jobs.finish())
+            except ImportFailed as error:
+                error.stored_lines = jobs.lines_done  # a writer knows of its own shard only
                 raise
-            run.take(jobs.finish())
     tally = run.tally
     return ImportReport(
         import_id=options.import_id,
@@ -200,15 +221,24 @@ class _Run:
         self._maker = maker
         self._lines = lines
         self._skipped = skipped
+        self._given = 0  # events handed over to be stored
         self.tally = _Tally()
         self.end = start
 
-    def store_all(self, store: Callable[[Chunk], Iterable[Stored]]) -> None:
-        """Give each chunk to *store* until the source ends; it answers with what has been stored by then."""
+    def store_all(
+        self,
+        store: Callable[[Chunk], Iterable[Stored]],
+        stored_meanwhile: Callable[[], Iterable[Stored]] = tuple,
+    ) -> None:
+        """Give each chunk to *store* until the source ends; it answers with what has been stored by then.
+
+        *stored_meanwhile* is asked the same while the source is waited for: it may be slow, and a writer may fail.
+        """
         at_end = False
         while not at_end:
-            for chunk in self._maker.finish():
+            for chunk in self._maker.finish(lambda: self.take(stored_meanwhile())):
                 at_end, self.end = chunk.at_end, chunk.end
+                self._given += len(chunk.rows)
                 self.take(store(chunk))
                 self._keep_to_rate()
 
@@ -216,12 +246,19 @@ class _Run:
         """Count what was stored, tell of it, and learn from what it took."""
         for each in stored:
             self.tally.add(each)
-            if self._options.chunk_size is None and each.events:
-                following = next_chunk_events(each.events, each.seconds)
+            rows = each.events + each.known + each.rejected
+            # Not from a small one that was quick: a shard with few events would make everybody's chunks as small.
+            if (
+                self._options.chunk_size is None
+                and rows
+                and (2 * rows >= self._maker.most_events or each.seconds > CHUNK_SECONDS)
+            ):
+                following = next_chunk_events(rows, each.seconds)
                 self._maker.most_events = min(following, self._options.most_events_ever)
-            self._report()
+            self.tell()
 
-    def _report(self) -> None:
+    def tell(self, phase: Phase = "lines", share: float | None = None) -> None:
+        """Call ``progress=`` with how far all has come."""
         if self._options.progress is not None:
             self._options.progress(
                 ImportProgress(
@@ -231,12 +268,16 @@ class _Run:
                     self._lines.bytes_read,
                     self._lines.size,
                     self.tally.rejected,
+                    phase,
+                    share,
                 )
             )
 
     def _keep_to_rate(self) -> None:
         if self._options.max_rate is not None:
-            ahead_s = self.tally.events / self._options.max_rate - self.tally.seconds
+            # Of what was handed over: with several jobs it may still wait to be stored.
+            events = self._given - self.tally.known
+            ahead_s = events / self._options.max_rate - self.tally.seconds
             if ahead_s > 0:
                 time.sleep(ahead_s)
 

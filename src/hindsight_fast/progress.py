@@ -27,6 +27,7 @@ class EventProgress:
 
     def __init__(self, label: str, total: int | None, *, events: int = 0) -> None:
         self._label = label
+        self._other_label = label  # of work without events, the last that was told
         self._total = total
         self._events_before = self._events = events
         self._began = time.monotonic()
@@ -63,7 +64,9 @@ class EventProgress:
             else:
                 # A bar of unknown length is full when it is done.
                 total = self._total or 1
-                self._bar.update(self._task, total=total, completed=total, numbers=numbers, refresh=True)
+                self._bar.update(
+                    self._task, description=self._label, total=total, completed=total, numbers=numbers, refresh=True
+                )
         if self._bar is not None:
             self._bar.stop()
 
@@ -83,6 +86,20 @@ class EventProgress:
             self._say(numbers)
         else:
             self._bar.update(self._task, total=self._total, completed=done, numbers=numbers)
+
+    def show_share(self, label: str, share: float | None) -> None:
+        """Tell of work that has no events to count: how much of it is done (0 to 1), None if nobody can tell."""
+        now = time.monotonic()
+        if self._bar is None and now < self._next_line_at and label == self._other_label:
+            return
+        self._next_line_at = now + PLAIN_EVERY_S
+        self._other_label = label
+        numbers = "" if share is None else f"{share:.0%}  "
+        if self._bar is None:
+            click.echo(f"{label}  {numbers}{_clock(now - self._began)} elapsed", err=True)
+        else:
+            total = None if share is None else 1.0
+            self._bar.update(self._task, description=label, total=total, completed=share or 0.0, numbers=numbers)
 
     def _numbers(self) -> str:
         (then, events_then, done_then), (now, events, done) = self._samples[0], self._samples[-1]

@@ -141,7 +141,7 @@ class PageReader(ABC):
 
 
 class BoundedReader(PageReader):
-    """A read of the log from behind *after* to where it ended when the first bound was had.
+    """A read of the log from behind *after* to where it ended when the first bound was had, or up to *until*.
 
     A bound that has expired with its server's run is asked for anew.
     """
@@ -153,6 +153,7 @@ class BoundedReader(PageReader):
         statements: Statements,
         *,
         after: Cursor,
+        until: Cursor | None,
         event_names: list[str] | None,
         correlation_id: UUID | None,
         limit: int | None,
@@ -160,6 +161,7 @@ class BoundedReader(PageReader):
     ) -> None:
         super().__init__(statements, limit, page_rows)
         self.position = after
+        self.until = until
         self.bound: Bound | None = None
         self._last_number: int | None = None  # of the first bound: the read ends there even under a later one
         self._renewed_at: Cursor | None = None
@@ -225,6 +227,7 @@ class LogReader(BoundedReader):
         statements: Statements,
         *,
         after: Cursor,
+        until: Cursor | None = None,
         event_names: list[str] | None = None,
         correlation_id: UUID | None = None,
         limit: int | None = None,
@@ -234,6 +237,7 @@ class LogReader(BoundedReader):
         super().__init__(
             statements,
             after=after,
+            until=until,
             event_names=event_names,
             correlation_id=correlation_id,
             limit=limit,
@@ -253,6 +257,9 @@ class LogReader(BoundedReader):
     def _next_below(self, bound: Bound) -> Request:
         where: list[LiteralString] = [BEHIND_CURSOR, BELOW_BOUND]
         values: list[Any] = [self.position.transaction_no, self.position.sequence_no, bound.number, bound.server_run]
+        if self.until is not None:
+            where.append(UP_TO_CURSOR)
+            values += [self.until.transaction_no, self.until.sequence_no]
         if self._scans and self._page_end is None:
             return Request(self._statements.page_end(where, SCAN_ROWS - 1), tuple(values), "values")
         if isinstance(self._page_end, Cursor):
@@ -291,6 +298,7 @@ class StreamLogReader(BoundedReader):
         *,
         stream_id: UUID,
         after: Cursor,
+        until: Cursor | None = None,
         event_names: list[str] | None = None,
         correlation_id: UUID | None = None,
         limit: int | None = None,
@@ -298,6 +306,7 @@ class StreamLogReader(BoundedReader):
         super().__init__(
             statements,
             after=after,
+            until=until,
             event_names=event_names,
             correlation_id=correlation_id,
             limit=limit,
@@ -310,9 +319,13 @@ class StreamLogReader(BoundedReader):
 
     def _next_below(self, bound: Bound) -> Request:
         if self._next_version is None:
-            at = (self._stream_id, self.position.transaction_no, self.position.sequence_no, self._stream_id)
-            return Request(self._statements.stream_start, at, "values")
-        self._span_end = self._next_version + (SCAN_ROWS if self._filters else self._wanted()) - 1
+            at = (self._stream_id, self.position.transaction_no, self.position.sequence_no)
+            if self.until is None:
+                return Request(self._statements.stream_start, (*at, self._stream_id), "values")
+            end = (self._stream_id, self.until.transaction_no, self.until.sequence_no, self._stream_id)
+            return Request(self._statements.stream_range, (*at, *end), "values")
+        span_rows = SCAN_ROWS if self._filters else self._wanted()
+        self._span_end = min(self._next_version + span_rows - 1, self._last_version)
         statement = self._statements.stream_page(
             [STREAM_SPAN, STREAM_BELOW_BOUND, *self._filters], self._wanted(), backwards=False
         )
@@ -384,6 +397,13 @@ def tell_of_stalled(rows: list[tuple[Any, ...]]) -> bool:
             pid, application_name, held_s, done,
         )  # fmt: skip
     return any(ended for *_, ended in rows)
+
+
+def check_until(until: Cursor | None) -> Cursor | None:
+    """Return *until*. Raises TypeError unless it is a Cursor or None."""
+    if until is not None and not isinstance(until, Cursor):
+        raise TypeError(f"until must be a Cursor, not {type(until).__name__}")
+    return until
 
 
 def check_after(after: Cursor) -> Cursor:

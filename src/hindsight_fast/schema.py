@@ -23,6 +23,10 @@ _BODY = re.compile(r"\$body\$(.*?)\$body\$", re.DOTALL)
 _NAME = re.compile(r"(?P<comment>--[^\n]*)|'hindsight(?P<member>\.\w+)?'|\bhindsight\b(?=\.|;)")
 
 
+# Another script, as psql includes it.
+_INCLUDE = re.compile(r"^\\ir (\w+\.sql)$", re.MULTILINE)
+
+
 def check_schema_name(name: str) -> str:
     """Return *name* if PostgreSQL can use it as it is. Raises TypeError or ValueError."""
     if not isinstance(name, str):
@@ -53,7 +57,7 @@ def schema_sql(schema: str) -> str:
         # As a literal: a name with $body$ in it would end a dollar-quoted one.
         return sql.Literal(_NAME.sub(named, match[1])).as_string(None)
 
-    text = files(__package__).joinpath("schema.sql").read_text(encoding="utf-8")
+    text = _INCLUDE.sub(lambda match: _packaged(match[1]), _packaged("schema.sql"))
     parts: list[str] = []
     end = 0
     for match in _BODY.finditer(text):
@@ -63,9 +67,13 @@ def schema_sql(schema: str) -> str:
     return "".join(parts)
 
 
+def _packaged(name: str) -> str:
+    return files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
 # What the functions raise when the store, or the server, is in a state that forbids the call. HS003, an expired bound,
 # is not among them: the reader asks for another.
-_REFUSALS = frozenset({"HS001", "HS002", "HS004", "HS005", "HS010", "HS011", "HS012"})
+_REFUSALS = frozenset({"HS001", "HS002", "HS004", "HS005", "HS010", "HS011", "HS012", "HS013"})
 
 
 def refusal_of(error: psycopg.Error, schema: str) -> SchemaError | None:

@@ -110,6 +110,15 @@ CREATE TABLE IF NOT EXISTS hindsight.imports (
     PRIMARY KEY (import_id, shard)
 );
 
+-- The initial import that is under way, or was interrupted: one row at most, gone once its events are in the store.
+CREATE TABLE IF NOT EXISTS hindsight.initial_import (
+    only_row        boolean PRIMARY KEY DEFAULT true CHECK (only_row),
+    import_id       text    NOT NULL,
+    first_number    bigint  NOT NULL,               -- the transaction_no of its first chunk; not drawn, see below
+    next_number     bigint  NOT NULL,               -- and of its next
+    loaded          boolean NOT NULL DEFAULT false  -- the source's end was reached
+);
+
 -- The place up to which each projection has come, and the event that stands there.
 CREATE TABLE IF NOT EXISTS hindsight.projections (
     name            text COLLATE "C" NOT NULL PRIMARY KEY,
@@ -292,6 +301,10 @@ END
 $body$;
 
 
+-- How an empty store is filled beside its tables; psql reads it from beside this file.
+\ir initial_import.sql
+
+
 -- Which run of which server this is; a text, to be compared and nothing else. A server that recovers from a crash may
 -- give out numbers again that no committed transaction had used, and no bound survives that. When one backend is killed
 -- the postmaster recovers without being started anew: the second part tells, because a crash discards all statistics.
@@ -406,8 +419,9 @@ $body$;
 
 
 -- Move the sequence past every number that was ever used, if this server is not the one that drew the last ones, or the
--- sequence lags behind the events (a restore without it). Forward only, and the only thing that moves it: two unlocked
--- repairs at once put it back, and an event was lost. Returns the last number, or NULL where nothing had to be done.
+-- sequence lags behind the events (a restore without it). Forward only, and the only thing that moves it but the switch
+-- of an initial import, which takes the same lock: two unlocked repairs at once put it back, and an event was lost.
+-- Returns the last number, or NULL where nothing had to be done.
 CREATE OR REPLACE FUNCTION hindsight.advance_sequence_v1() RETURNS bigint
 LANGUAGE plpgsql VOLATILE AS $body$
 DECLARE

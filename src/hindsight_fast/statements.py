@@ -36,6 +36,13 @@ STREAM_START: Final = """
         (SELECT h.stream_version FROM {schema}.stream_heads AS h WHERE h.stream_id = %s::uuid)
 """
 
+# The same, but the last version is that of the last event at or before a second cursor.
+STREAM_RANGE: Final = """
+    SELECT {schema}.first_version_behind_v1(%s::uuid, %s::bigint, %s::integer),
+        coalesce({schema}.first_version_behind_v1(%s::uuid, %s::bigint, %s::integer) - 1,
+            (SELECT h.stream_version FROM {schema}.stream_heads AS h WHERE h.stream_id = %s::uuid))
+"""
+
 UP_TO_CURSOR: Final = "(e.transaction_no, e.sequence_no) <= (%s::bigint, %s::integer)"
 NAMES_FILTER: Final = "e.event_name = ANY(%s::text[])"
 CORRELATION_FILTER: Final = "e.correlation_id = %s::uuid"
@@ -180,26 +187,22 @@ MOVE_IMPORT: Final = """
 """
 
 # A dry run's tables. Its first chunk goes into one with all that the real table has, to see what that takes; the rest
-# into the second, where the server reads every value and checks every constraint, without indexes.
+# into the second, where the server reads every value and checks every constraint, without indexes. The third knows the
+# ids that lines bring, and what they stood for. Triggers and foreign keys of somebody else's are not copied.
 MAKE_DRY_RUN: Final = (
     "CREATE TEMPORARY TABLE hindsight_dry_run_indexed (LIKE {schema}.events INCLUDING ALL)",
-    "CREATE TEMPORARY TABLE hindsight_dry_run_rows (LIKE {schema}.events INCLUDING CONSTRAINTS INCLUDING STORAGE)",
-    "CREATE TEMPORARY TABLE hindsight_dry_run_ids (event_id uuid, content bytea, line_no bigint)",
+    "CREATE TEMPORARY TABLE hindsight_dry_run_rows (LIKE {schema}.events INCLUDING ALL EXCLUDING INDEXES)",
+    "CREATE TEMPORARY TABLE hindsight_dry_run_ids (event_id uuid PRIMARY KEY, content bytea, time text)",
 )
 DROP_DRY_RUN: Final = """
     DROP TABLE IF EXISTS pg_temp.hindsight_dry_run_indexed, pg_temp.hindsight_dry_run_rows,
         pg_temp.hindsight_dry_run_ids
 """
 COPY_DRY_RUN: Final = "COPY pg_temp.{table} ({columns}) FROM STDIN (FORMAT BINARY)"
-COPY_DRY_RUN_IDS: Final = "COPY pg_temp.hindsight_dry_run_ids (event_id, content, line_no) FROM STDIN"
-REPEATED_DRY_RUN_IDS: Final = """
-    SELECT coalesce(sum(r.lines - 1), 0)::bigint, count(*) FILTER (WHERE r.contents > 1),
-        min(r.second_line) FILTER (WHERE r.contents > 1)
-    FROM (
-        SELECT count(*) AS lines, count(DISTINCT i.content) AS contents,
-            (array_agg(i.line_no ORDER BY i.line_no))[2] AS second_line
-        FROM pg_temp.hindsight_dry_run_ids AS i GROUP BY i.event_id HAVING count(*) > 1
-    ) AS r
+COPY_DRY_RUN_IDS: Final = "COPY pg_temp.hindsight_dry_run_ids (event_id, content, time) FROM STDIN"
+KNOWN_DRY_RUN_IDS: Final = """
+    SELECT i.event_id, i.content, i.time FROM pg_temp.hindsight_dry_run_ids AS i
+    WHERE i.event_id = ANY(%s::uuid[])
 """
 
 LIST_IMPORTS: Final = """
@@ -207,6 +210,89 @@ LIST_IMPORTS: Final = """
         min(i.started_at), max(i.updated_at)
     FROM {schema}.imports AS i GROUP BY i.import_id ORDER BY min(i.started_at), i.import_id
 """
+
+# One initial import at a time in a store: held by its importer's session, and gone with it however it ends. Exclusive,
+# so that no reader takes it for the registration of an append.
+LOCK_INITIAL: Final = """
+    SELECT pg_try_advisory_lock(hashtextextended('hindsight_fast: initial import ' || to_regclass(%s)::oid, 0))
+"""
+UNLOCK_INITIAL: Final = """
+    SELECT pg_advisory_unlock(hashtextextended('hindsight_fast: initial import ' || to_regclass(%s)::oid, 0))
+"""
+
+FIND_INITIAL: Final = "SELECT i.import_id, i.next_number, i.loaded FROM {schema}.initial_import AS i"
+BEGIN_INITIAL: Final = "SELECT {schema}.begin_initial_v1(%s::text)"
+
+# Microseconds since 1970, and not a time: that would come in the session's time zone.
+MOVE_INITIAL: Final = """
+    UPDATE {schema}.initial_import SET next_number = next_number + %s, loaded = %s
+    WHERE import_id = %s AND next_number = %s AND NOT loaded
+    RETURNING (extract(epoch FROM clock_timestamp()) * 1000000)::bigint
+"""
+
+COPY_BESIDE: Final = "COPY {schema}.events_import ({columns}) FROM STDIN (FORMAT BINARY)"
+NOTE_LINES: Final = "INSERT INTO {schema}.events_import_lines VALUES (%s::bigint, %s::integer[], %s::bigint[])"
+COUNT_STREAMS: Final = "SELECT uuid_send(e.stream_id), count(*) FROM {schema}.events_import AS e GROUP BY e.stream_id"
+
+IMPORT_FINISHED: Final = "SELECT bool_and(i.finished) FROM {schema}.imports AS i WHERE i.import_id = %s"
+
+LIST_BESIDE: Final = "SELECT i.index_id, i.table_name, i.guards_ids FROM {schema}.initial_indexes_v1() AS i"
+LIMIT_BUILD: Final = "SELECT {schema}.limit_build_v1()"
+BUILD_BESIDE: Final = "SELECT {schema}.build_beside_v1(%s::oid)"
+FILL_HEADS_BESIDE: Final = "SELECT {schema}.fill_heads_beside_v1()"
+ANALYZE_BESIDE: Final = "ANALYZE {schema}.events_import, {schema}.stream_heads_import"
+
+# What each backend that builds an index has done of it: the table is read, then the sorted rows are written.
+BUILD_PROGRESS: Final = """
+    SELECT p.pid,
+        CASE WHEN p.tuples_total > 0 THEN 0.5 + 0.5 * p.tuples_done / p.tuples_total
+             WHEN p.blocks_total > 0 THEN 0.5 * p.blocks_done / p.blocks_total ELSE 0 END::float8
+    FROM pg_stat_progress_create_index AS p WHERE p.pid = ANY(%s::integer[])
+"""
+
+# Ids that stand at several places of an import, and those places' lines: how many ids, and the first of them.
+DUPLICATED_IDS: Final = """
+    WITH duplicated AS MATERIALIZED (
+        SELECT e.event_id, min((e.transaction_no::numeric * 4294967296) + e.sequence_no) AS first_place
+        FROM {schema}.events_import AS e GROUP BY e.event_id HAVING count(*) > 1
+    ), named AS MATERIALIZED (
+        SELECT d.event_id, d.first_place FROM duplicated AS d ORDER BY d.first_place LIMIT %s
+    )
+    SELECT (SELECT count(*) FROM duplicated), n.event_id, (
+        SELECT array_agg(lines.line_no ORDER BY lines.line_no) FROM (
+            SELECT l.line_nos[at.run] + e.sequence_no - l.sequence_nos[at.run]
+            FROM {schema}.events_import AS e
+            JOIN {schema}.events_import_lines AS l USING (transaction_no)
+            CROSS JOIN LATERAL (
+                SELECT max(r.run) FROM generate_subscripts(l.sequence_nos, 1) AS r (run)
+                WHERE l.sequence_nos[r.run] <= e.sequence_no
+            ) AS at (run)
+            WHERE e.event_id = n.event_id ORDER BY 1 LIMIT 100
+        ) AS lines (line_no)
+    )
+    FROM named AS n ORDER BY n.first_place
+"""
+
+# Transactions that may hold a snapshot: begun before what they might read was complete. Of other users' sessions an
+# ordinary role is not told whether they hold one, so those count.
+OPEN_SNAPSHOTS: Final = """
+    SELECT l.virtualtransaction, l.pid FROM pg_locks AS l JOIN pg_stat_activity AS a ON a.pid = l.pid
+    WHERE l.locktype = 'virtualxid' AND l.mode = 'ExclusiveLock' AND l.granted AND l.pid <> pg_backend_pid()
+      AND a.datname = current_database() AND a.usesysid > 0 AND (a.backend_xmin IS NOT NULL OR a.state IS NULL)
+"""
+
+# Who has kept the switch from locking the log's tables.
+TABLE_USERS: Final = """
+    SELECT DISTINCT l.pid FROM pg_locks AS l
+    WHERE l.relation IN (to_regclass(%s), to_regclass(%s)) AND l.granted AND l.pid <> pg_backend_pid()
+"""
+
+# For how long each of these waits for a lock; whoever calls them tries again.
+LIMIT_GATE_WAIT: Final = "SELECT set_config('lock_timeout', '100ms', true)"
+LIMIT_DROP_WAIT: Final = "SELECT set_config('lock_timeout', '5s', true)"
+
+SWITCH_INITIAL: Final = "SELECT {schema}.switch_initial_v1(%s::text)"
+DROP_INITIAL: Final = "SELECT {schema}.drop_initial_v1(%s::text)"
 
 # Estimates of the planner: counting a log of hundreds of millions of rows is no way to ask how the store does.
 TABLE_SIZES: Final = """
@@ -244,6 +330,7 @@ class Statements:
             COUNT_KINDS, conditions=self._all([BEHIND_CURSOR, BELOW_BOUND]), limit=sql.Literal(COUNTED_AT_ONCE)
         )
         self.stream_start = self._compose(STREAM_START)
+        self.stream_range = self._compose(STREAM_RANGE)
         self.read_barrier = self._compose(READ_BARRIER)
         self.end_stalled = self._compose(END_STALLED)
         self.head = self._compose(HEAD)
@@ -257,6 +344,11 @@ class Statements:
             .format(schema=self._identifier, columns=sql.SQL(", ").join(map(sql.Identifier, EVENT_COLUMNS)))
             .as_bytes(None)
         )
+        self.copy_beside = (
+            sql.SQL(COPY_BESIDE)
+            .format(schema=self._identifier, columns=sql.SQL(", ").join(map(sql.Identifier, EVENT_COLUMNS)))
+            .as_bytes(None)
+        )
         self.check_writable = self._compose(CHECK_WRITABLE)
         self.make_dry_run = [self._compose(statement) for statement in MAKE_DRY_RUN]
         self.known_events = self._compose(KNOWN_EVENTS, columns=self._columns)
@@ -264,6 +356,20 @@ class Statements:
         self.find_import = self._compose(FIND_IMPORT)
         self.move_import = self._compose(MOVE_IMPORT)
         self.list_imports = self._compose(LIST_IMPORTS)
+        self.find_initial = self._compose(FIND_INITIAL)
+        self.begin_initial = self._compose(BEGIN_INITIAL)
+        self.move_initial = self._compose(MOVE_INITIAL)
+        self.note_lines = self._compose(NOTE_LINES)
+        self.count_streams = self._compose(COUNT_STREAMS)
+        self.import_finished = self._compose(IMPORT_FINISHED)
+        self.limit_build = self._compose(LIMIT_BUILD)
+        self.list_beside = self._compose(LIST_BESIDE)
+        self.build_beside = self._compose(BUILD_BESIDE)
+        self.fill_heads_beside = self._compose(FILL_HEADS_BESIDE)
+        self.analyze_beside = self._compose(ANALYZE_BESIDE)
+        self.duplicated_ids = self._compose(DUPLICATED_IDS)
+        self.switch_initial = self._compose(SWITCH_INITIAL)
+        self.drop_initial = self._compose(DROP_INITIAL)
 
     def copy_dry_run(self, *, indexed: bool) -> bytes:
         table = sql.Identifier("hindsight_dry_run_indexed" if indexed else "hindsight_dry_run_rows")

@@ -22,6 +22,9 @@ from .connecting import check_encodings, connection_conninfo, find_conninfo, sho
 from .errors import SchemaError, StoreClosed
 from .event_registry import EventRegistry
 from .events import EventType
+from .export_target import ExportTarget
+from .exporter import ExportProgress, run_export
+from .import_initial import abandon_initial
 from .import_source import ImportSource
 from .importer import MOST_JOBS, ImportOptions, ImportProgress, ImportReport, check_import_id, run_import
 from .read_ahead import Pace, PageAhead
@@ -36,6 +39,7 @@ from .reading import (
     check_correlation_id,
     check_count,
     check_stream_id,
+    check_until,
     tell_of_stalled,
 )
 from .schema import LAYOUT, StoreMeta, check_layout, check_schema_name, refusal_of, schema_sql
@@ -209,25 +213,7 @@ class EventStore:
         Constant memory, whatever the length: events are fetched page by page, and no connection is held between
         pages. *event_types* are EventTypes or names. Raises SchemaError without a schema.
         """
-        check_after(after)
-        names = self._registry.names(event_types)
-        check_correlation_id(correlation_id)
-        limit = None if limit is None else check_count(limit, "limit")
-        reader: PageReader
-        if stream_id is None:
-            reader = LogReader(
-                self._statements, after=after, event_names=names, correlation_id=correlation_id, limit=limit
-            )
-        else:
-            reader = StreamLogReader(
-                self._statements,
-                stream_id=check_stream_id(stream_id),
-                after=after,
-                event_names=names,
-                correlation_id=correlation_id,
-                limit=limit,
-            )
-        return _one_by_one(self._pages(reader))
+        return _one_by_one(self._selected_pages(after, None, event_types, stream_id, correlation_id, limit))
 
     def read_batches(
         self,
@@ -296,7 +282,7 @@ class EventStore:
         source: ImportSource,
         *,
         import_id: str,
-        mode: Literal["append"] = "append",
+        mode: Literal["append", "initial"] = "append",
         jobs: int = 1,
         chunk_size: int | None = None,
         on_error: Literal["stop"] | str | os.PathLike[str] = "stop",
@@ -319,20 +305,30 @@ class EventStore:
         *dry_run* checks everything, as far as the server itself goes, writes nothing to the store, and projects the
         time. *progress* is called after each chunk.
 
+        *mode* ``"initial"`` fills an empty store faster: events gather beside the log, indexes are built when all are
+        there, and one transaction puts them in place. Until then the store refuses appends, and readers find it empty.
+        An id that comes twice ends it with ImportFailed, which lists the lines, and leaves the store empty and open.
+        Interrupted, it is gone on with by the same call, or given up by ``abandon_import``. It remembers how many
+        events each stream has, at up to 160 bytes a stream.
+
         Raises ImportFailed for a bad line, before anything of its chunk is stored; for a source that differs from
-        what was imported under this id before; and for a rival that runs the same import.
+        what was imported under this id before; and for a rival that runs the same import. SchemaError where an initial
+        import finds events, an attached projection, or what would not survive that its tables are exchanged.
         """
         check_import_id(import_id)
-        if mode != "append":
-            raise ValueError(f"mode={mode!r} is not supported, only mode='append'")
+        if mode not in ("append", "initial"):
+            raise ValueError(f"mode is 'append' or 'initial', not {mode!r}")
+        if mode == "initial" and (jobs != 1 or dry_run):
+            raise ValueError("mode='initial' goes with jobs=1, and not with dry_run")
         if on_error != "stop" and not isinstance(on_error, (str, os.PathLike)):
             raise TypeError(f'on_error is "stop" or a path, not {type(on_error).__name__}')
         if max_errors is not None and on_error == "stop":
             raise ValueError("max_errors goes with on_error=PATH")
-        if max_rate is not None and not (isinstance(max_rate, (int, float)) and max_rate > 0):
+        if max_rate is not None and not (isinstance(max_rate, (int, float)) and 0 < max_rate < float("inf")):
             raise ValueError(f"max_rate must be a positive number of events a second, not {max_rate!r}")
         options = ImportOptions(
             import_id,
+            initial=mode == "initial",
             jobs=check_count(jobs, "jobs", least=1, most=min(MOST_JOBS, self._most_connections)),
             chunk_size=None if chunk_size is None else check_count(chunk_size, "chunk_size", least=1),
             reject_path=None if on_error == "stop" else on_error,
@@ -344,6 +340,54 @@ class EventStore:
         with self._connection() as connection:
             generation = self._prepare_to_write(connection).generation
         return run_import(self._connection, self._statements, source, options, generation)
+
+    def abandon_import(self, import_id: str) -> None:
+        """Give up an initial import that is not finished: what it loaded is dropped, and the store is empty and open.
+
+        Raises SchemaError while it is running, and where there is no such import: what an import in append mode has
+        stored stays, and needs no abandoning.
+        """
+        with self._connection() as connection:
+            self._prepare_to_write(connection)
+            abandon_initial(connection, self._statements, check_import_id(import_id))
+
+    # Exporting
+
+    def export_events(
+        self,
+        target: ExportTarget,
+        *,
+        after: Cursor = Cursor.BEGINNING,
+        until: Cursor | None = None,
+        event_types: Iterable[EventType[Any] | str] | None = None,
+        stream_id: UUID | None = None,
+        correlation_id: UUID | None = None,
+        limit: int | None = None,
+        overwrite: bool = False,
+        progress: Callable[[ExportProgress], object] | None = None,
+    ) -> int:
+        """Write events to *target* in the order of the log, as lines that ``import_events`` takes; return how many.
+
+        Those behind *after*, up to and including *until*, of the given names, stream and cause, at most *limit*; in
+        any case only up to the head of the log as it was at the start. Memory is constant, whatever the length, and no
+        connection is held between pages. *progress* is called after each page.
+
+        *target* is a path (compressed where it ends with ``.gz``), ``"-"`` for standard output, or a binary file
+        object, which is flushed and stays open. A path gets its name when all is written and on disk; until then, and
+        if the process is killed, there is only ``<name>.<random letters>.part`` beside it. A path that exists already
+        is replaced, in one step, only with *overwrite*; otherwise it is a FileExistsError. A device or a named pipe is
+        written to as it is.
+
+        Imported into an empty store, the lines of a whole log make the same events in the same order: stream, stream
+        version, name, version, id, time, correlation id, data and metadata, all but the cursor. ``data`` is written
+        byte for byte, but for white space that a line cannot hold: line breaks between tokens become spaces, and what
+        stands around the whole value goes. Metadata that is JSON's null comes back as none.
+
+        Raises OSError where the target cannot be written (BrokenPipeError for a reader that went away), SchemaError
+        without a schema, and MalformedRow for a time outside the years 1 to 9999, which nothing of this library stores.
+        """
+        pages = self._selected_pages(after, until, event_types, stream_id, correlation_id, limit)
+        return run_export(pages, target, overwrite=overwrite, progress=progress)
 
     # How the store asks
 
@@ -411,6 +455,43 @@ class EventStore:
         if meta.sequence_lags or not meta.same_server:
             self._ask(connection, self._statements.advance_sequence)
         return meta
+
+    def _selected_pages(
+        self,
+        after: Cursor,
+        until: Cursor | None,
+        event_types: Iterable[EventType[Any] | str] | None,
+        stream_id: UUID | None,
+        correlation_id: UUID | None,
+        limit: int | None,
+    ) -> Iterator[Sequence[RecordedEvent]]:
+        """Check what was asked for, and return its pages; nothing is asked of the server before the first."""
+        check_after(after)
+        check_until(until)
+        names = self._registry.names(event_types)
+        check_correlation_id(correlation_id)
+        limit = None if limit is None else check_count(limit, "limit")
+        reader: PageReader
+        if stream_id is None:
+            reader = LogReader(
+                self._statements,
+                after=after,
+                until=until,
+                event_names=names,
+                correlation_id=correlation_id,
+                limit=limit,
+            )
+        else:
+            reader = StreamLogReader(
+                self._statements,
+                stream_id=check_stream_id(stream_id),
+                after=after,
+                until=until,
+                event_names=names,
+                correlation_id=correlation_id,
+                limit=limit,
+            )
+        return self._pages(reader)
 
     def _pages(self, reader: PageReader) -> Iterator[Sequence[RecordedEvent]]:
         ahead: PageAhead | None = None

@@ -23,7 +23,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import plain_python
-from compiled_core import no_payload, rows_of, seen
+from compiled_core import PlainResult, decode_both_ways, expected_of, no_payload, rows_of, seen
 from event_strategies import events
 from hindsight_fast import _core
 from hindsight_fast._core import (
@@ -56,46 +56,6 @@ EVENT = PlainEvent(
 BARE = replace(EVENT, correlation_id=None, metadata=None)
 EMPTY = replace(BARE, payload=b"", metadata=b"")
 ROW, BARE_ROW, EMPTY_ROW = (plain_python.encode_row(event) for event in (EVENT, BARE, EMPTY))
-
-
-class PlainResult:
-    """A query result as ``decode_result`` sees it without a reader: rows of values."""
-
-    def __init__(self, rows, formats=None, column_count=11):
-        self.rows, self.formats = rows, formats or [1] * column_count
-        self.ntuples, self.nfields = len(rows), column_count
-
-    def fformat(self, column):
-        return self.formats[column]
-
-    def get_value(self, row, column):
-        return self.rows[row][column]
-
-
-def decode_both_ways(row):
-    """The outcome of ``decode_row`` and of ``decode_result`` over the same values, which must be one."""
-    results = []
-    calls = [lambda: decode_row(row, no_payload)]
-    try:
-        values = plain_python.split_row(bytes(row))
-    except ValueError:
-        pass
-    else:
-        calls.append(lambda: decode_result(PlainResult([values]), no_payload)[0])
-    for call in calls:
-        try:
-            results.append(seen(call()))
-        except MalformedRow:
-            results.append(MalformedRow)
-    assert all(result == results[0] for result in results)
-    return results[0]
-
-
-def expected_of(row):
-    try:
-        return plain_python.decode_row(bytes(row))
-    except ValueError:
-        return MalformedRow
 
 
 # --- Good rows ------------------------------------------------------------------------------------------------------

@@ -287,12 +287,18 @@ def test_an_event_too_large_for_postgresql_is_refused_before_it_is_copied(sizes)
     assert state_of(rows) == before
 
 
-def test_a_huge_name_is_only_a_long_text():
-    name = "ñ" * 3_000_000
+def test_a_name_of_a_thousand_bytes_is_the_longest():
     rows = EventRows()
+    name = "ñ" * 500
     rows.add(b"e" * 16, A, name, 1, b"{}")
     rows.place(1, plain_python.encode_bigint_array([0]), NOW)
     assert plain_python.decode_row(rows.row(0)).event_name == name
+    for longer in (name + "n", "n" * 5_000_000):
+        before = state_of(rows)
+        with pytest.raises(ValueError, match=r"takes \d+ bytes, 1000 at most") as caught:
+            rows.add(b"e" * 16, A, longer, 1, b"{}")
+        assert len(str(caught.value)) < 200
+        assert state_of(rows) == before
 
 
 def run_this_file_as(job, **environment):

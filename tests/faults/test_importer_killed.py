@@ -146,6 +146,82 @@ def test_killing_the_importer_anywhere_changes_nothing(database: str, source: Pa
         assert contents(database, schema) == expected, f"seed {seed}: killed at {points}"
 
 
+SHARDED_PROGRAM = """
+import sys
+from hindsight_fast import EventStore
+with EventStore(sys.argv[1], schema=sys.argv[2]) as store:
+    print("begun", flush=True)
+    store.import_events(
+        sys.argv[3], import_id="a", jobs=3, on_error=sys.argv[4], chunk_size=100,
+        progress=lambda p: print(p.events, flush=True),
+    )
+"""
+
+
+@pytest.mark.essential
+def test_killing_shards_anywhere_sets_every_bad_line_aside_once(database: str, source: Path, tmp_path: Path) -> None:
+    """With bad lines of three kinds: no JSON, a shard's own, and what only the server refuses."""
+    bad_source, bad, good = tmp_path / "events.ndjson", [], 0
+    with source.open("rb") as lines, bad_source.open("wb") as file:
+        for n, text in enumerate(lines):
+            if n % 53 == 0:
+                bad.append(
+                    [
+                        b"line %d is bad\n" % n,
+                        b'{"stream":"s%d","type":"t","data":[%d]}\n' % (n % 300, n),
+                        b'{"stream":"s%d","type":"forbidden","data":{"n":%d}}\n' % (n % 300, n),
+                    ][n // 53 % 3]
+                )
+                file.write(bad[-1])
+            else:
+                good += bool(text.strip())
+                file.write(text)
+
+    def by_stream(schema: str) -> dict[object, list[object]]:
+        with EventStore(database, schema=schema) as store:
+            found: dict[object, list[object]] = {}
+            for event in store.read():
+                history = found.setdefault(event.stream_id, [])
+                assert event.stream_version == len(history)
+                history.append((event.event_id, event.name, event.data, event.created_at, event.correlation_id))
+        return found
+
+    for schema in ("undisturbed", "killed"):
+        with EventStore(database, schema=schema) as store, store.pool.connection() as connection:
+            store.create_schema()
+            connection.execute(f"ALTER TABLE {schema}.events ADD CHECK (event_name <> 'forbidden')")
+    with EventStore(database, schema="undisturbed") as store:
+        report = store.import_events(bad_source, import_id="a", on_error=tmp_path / "undisturbed")
+        assert (report.events, report.bad_lines) == (good, len(bad))
+    expected = by_stream("undisturbed")
+
+    for seed in seeds():
+        chance, kills = random.Random(seed), 0
+        program = [sys.executable, "-c", SHARDED_PROGRAM, database, "killed", str(bad_source), str(tmp_path / "killed")]
+        while True:
+            process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            if kills < KILLS:
+                wait_for_chunk(process, chance.randrange(8))
+                time.sleep(chance.random() * 0.03)  # anywhere: between the two files, in a COPY, in a commit
+                process.kill()
+                kills += 1
+            _, errors = process.communicate(timeout=120)
+            if process.returncode != -signal.SIGKILL:
+                assert process.returncode == 0, f"seed {seed}: {errors}"
+                break
+        assert by_stream("killed") == expected, f"seed {seed}"
+        aside = [text for text in (tmp_path / "killed").read_bytes().splitlines(keepends=True) if text.strip()]
+        assert sorted(aside) == sorted(bad), f"seed {seed}"
+        reasons = (tmp_path / "killed.reasons").read_bytes().splitlines()
+        assert sum(bool(reason.strip()) for reason in reasons) == len(bad), f"seed {seed}"
+        with psycopg.connect(database, autocommit=True) as connection:
+            connection.execute("DELETE FROM killed.imports")
+            connection.execute("DELETE FROM killed.events")
+            connection.execute("DELETE FROM killed.stream_heads")
+        for path in (tmp_path / "killed", tmp_path / "killed.reasons"):
+            path.unlink()
+
+
 def test_the_check_sees_a_doubled_or_missing_chunk(database: str, source: Path) -> None:
     """The comparison above is worth what it notices."""
     expected = undisturbed(database, source)

@@ -1,0 +1,690 @@
+"""Exporting: what comes out goes back in as the same events, and a file that has its name is whole."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import psycopg
+import pytest
+from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import strategies as st
+from psycopg import sql
+
+from event_strategies import moments
+from hindsight_fast import Cursor, EventStore, ExportProgress, ImportFailed, MalformedRow, SchemaError, stream_uuid
+from hindsight_fast.demo_events import demo_lines
+
+
+@pytest.fixture
+def store(database: str) -> Iterator[EventStore]:
+    with EventStore(database) as store:
+        store.create_schema()
+        yield store
+
+
+@pytest.fixture
+def copy(database: str) -> Iterator[EventStore]:
+    """A second, empty store: another schema of the same database."""
+    with EventStore(database, schema="the copy") as copy:
+        copy.create_schema()
+        yield copy
+
+
+@pytest.fixture
+def shop(store: EventStore) -> EventStore:
+    """*store* with 600 events of the demo."""
+    store.import_events(demo_lines(600), import_id="shop", chunk_size=50)
+    return store
+
+
+def exported(store: EventStore, **selection: Any) -> bytes:
+    target = io.BytesIO()
+    count = store.export_events(target, **selection)
+    assert target.getvalue().count(b"\n") == count
+    return target.getvalue()
+
+
+def parts_in(folder: Path) -> list[Path]:
+    return list(folder.glob("*.part"))
+
+
+# --- There and back -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A row of the table but for its cursor and its stream's version. JSON is text, as the server keeps it."""
+
+    event_id: UUID
+    stream_id: UUID
+    correlation_id: UUID | None
+    created_at: datetime
+    event_name: str
+    event_version: int
+    payload: str
+    metadata: str | None
+
+
+def append_by_sql(store: EventStore, appends: list[list[Stored]]) -> None:
+    """Store events past the importer's checks, as an append does: lock, number, insert, in one transaction each."""
+    schema = sql.Identifier(store.schema)
+    insert = sql.SQL("INSERT INTO {}.events VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)").format(schema)
+    with psycopg.connect(store.conninfo, autocommit=True) as connection:
+        for events in appends:
+            with connection.transaction():
+                streams = sorted({event.stream_id for event in events}, key=lambda stream: stream.bytes)
+                counts = [sum(event.stream_id == stream for event in events) for stream in streams]
+                begin = sql.SQL("SELECT transaction_no, head_versions FROM {}.begin_copy_v1(%s, %s::bigint[])")
+                begun = connection.execute(begin.format(schema), (streams, counts)).fetchone()
+                assert begun is not None
+                number, heads = begun
+                versions = {s: head - count + 1 for s, head, count in zip(streams, heads, counts, strict=True)}
+                for sequence_no, event in enumerate(events):
+                    connection.execute(
+                        insert,
+                        (
+                            number, sequence_no, event.event_id, event.stream_id, versions[event.stream_id],
+                            event.correlation_id, event.created_at, event.event_name, event.event_version,
+                            event.payload, event.metadata,
+                        ),
+                    )  # fmt: skip
+                    versions[event.stream_id] += 1
+
+
+def contents(store: EventStore) -> list[tuple[Any, ...]]:
+    """Every column but the cursor, in the order of the log, read without any code of ours."""
+    with psycopg.connect(store.conninfo) as connection:
+        return connection.execute(
+            sql.SQL("""
+                SELECT event_id, stream_id, stream_version, correlation_id, created_at::timestamptz, event_name,
+                    event_version, payload::text, metadata::text
+                FROM {}.events ORDER BY transaction_no, sequence_no
+            """).format(sql.Identifier(store.schema))
+        ).fetchall()
+
+
+def empty(*stores: EventStore) -> None:
+    for store in stores:
+        with psycopg.connect(store.conninfo, autocommit=True) as connection:
+            connection.execute(
+                sql.SQL("TRUNCATE {0}.events, {0}.stream_heads, {0}.imports").format(sql.Identifier(store.schema))
+            )
+
+
+def on_one_line(json_text: str) -> str:
+    """What a line can hold of stored JSON: no break between tokens, nothing around the value."""
+    return json_text.strip(" \t\r\n").replace("\n", " ").replace("\r", " ")
+
+
+spaces = st.text(" \t\r\n", max_size=3)
+# What PostgreSQL takes inside a JSON string and somebody might stumble over: surrogate pairs and escapes that only look
+# like them; NUL; what other formats take for line breaks.
+letters = [
+    r"\u0000", r"\uD83D\ude00", r"\\ud800", r"\"", r"\\", r"\/", r"\n", r"\u000A",
+    "\x7f", "~", "^", "\u2028", "\x85", "\ufeff", "ß", "😀", "a", "u", "d800", "/", "{",
+]  # fmt: skip
+strings = st.lists(st.sampled_from(letters), max_size=6).map(lambda parts: '"' + "".join(parts) + '"')
+numbers = st.sampled_from(["0", "-0", "1e400", "-1.50E+05", "123456789012345678901234567890", "0.1", "1e-7"])
+
+
+def spaced(value: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    return st.tuples(spaces, value, spaces).map("".join)
+
+
+def lists_of(values: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    return st.lists(spaced(values), max_size=4).map(lambda items: "[" + ",".join(items) + "]")
+
+
+def objects_of(values: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    # A key may be there twice.
+    members = st.tuples(spaced(strings), spaced(values)).map(":".join)
+    return st.lists(members, max_size=4).map(lambda items: "{" + ",".join(items) + "}")
+
+
+scalars = strings | numbers | st.sampled_from(["true", "false", "null"])
+values = st.recursive(scalars, lambda inner: lists_of(inner) | objects_of(inner), max_leaves=6)
+objects = spaced(objects_of(values))
+few_streams = st.sampled_from([UUID(int=0), UUID(int=2**128 - 1), stream_uuid("a"), stream_uuid("b")])
+names = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=12) | (
+    st.text('"\\/\x01\x1f\x7f\n\r\t\u2028ß😀', min_size=1, max_size=6)
+)
+stored_events = st.builds(
+    Stored,
+    event_id=st.uuids(),
+    stream_id=few_streams | st.uuids(),
+    correlation_id=st.none() | st.uuids(),
+    created_at=moments,
+    event_name=names,
+    event_version=st.integers(0, 3) | st.integers(0, 2**31 - 1),
+    payload=objects,
+    metadata=st.none() | spaced(st.just("null")) | objects,
+)
+PLAIN = Stored(UUID(int=1), UUID(int=2), None, datetime.fromisoformat("2024-01-01T00:00:00Z"), "t", 0, "{}", None)
+ODD = Stored(
+    UUID(int=3),
+    UUID(int=2),
+    UUID(int=0),
+    datetime.fromisoformat("0001-01-01T00:00:00.000001Z"),
+    '"\\\n\x01',
+    2**31 - 1,
+    '\r\n{ "\\u0000" :\r\n[ 1e400, "~\x7f\\ud83d\\ude00\\\\ud800" ] }\t',
+    ' {\n"\\\\ud800":"\\u0000"}',
+)
+
+
+@pytest.mark.essential
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(appends=st.lists(st.lists(stored_events, min_size=1, max_size=6), max_size=5), chunk_size=st.integers(1, 12))
+@example([[PLAIN, ODD]], 1)
+def test_what_is_exported_imports_as_the_same_events(
+    store: EventStore, copy: EventStore, appends: list[list[Stored]], chunk_size: int
+) -> None:
+    events = [event for append in appends for event in append]
+    assume(len({event.event_id for event in events}) == len(events))
+    empty(store, copy)
+    append_by_sql(store, appends)
+
+    text = exported(store)
+    report = copy.import_events(io.BytesIO(text), import_id="the copy", chunk_size=chunk_size)
+    assert report.events == len(events)
+
+    expected = []
+    for row, event in zip(contents(store), events, strict=True):
+        *columns, payload, metadata = row
+        assert (payload, metadata) == (event.payload, event.metadata)
+        null = metadata is None or on_one_line(metadata) == "null"
+        expected.append((*columns, on_one_line(payload), None if null else on_one_line(metadata)))
+    assert contents(copy) == expected
+    # And once more: nothing is left to change.
+    assert exported(copy) == text
+    for stream in {event.stream_id for event in events}:
+        assert copy.stream_version(stream) == store.stream_version(stream)
+
+
+def test_bytes_that_need_no_change_get_none(store: EventStore, copy: EventStore) -> None:
+    payload = '{ "a" :\t[1.50, -0, 1e400, "\\u00e9\\/", "\x7f\u2028"], "a": {} }'
+    append_by_sql(store, [[Stored(**{**vars(PLAIN), "payload": payload, "metadata": '{"b":  1}'})]])
+    assert b'"data":' + payload.encode() + b"," in exported(store)
+    copy.import_events(io.BytesIO(exported(store)), import_id="a")
+    assert contents(copy) == contents(store)
+    assert next(copy.read()).data == next(store.read()).data == payload.encode()
+
+
+def test_real_bodies_survive_the_way_there_and_back(
+    store: EventStore, copy: EventStore, real_data: Callable[[str], Path], tmp_path: Path
+) -> None:
+    store.import_events(real_data("github-webhooks.ndjson.gz"), import_id="webhooks")
+    assert store.export_events(tmp_path / "all.ndjson.gz") == 329
+    copy.import_events(tmp_path / "all.ndjson.gz", import_id="back")
+    assert contents(copy) == contents(store)
+
+
+@pytest.mark.parametrize("moment", ["infinity", "-infinity", "0001-01-01 BC", "10000-01-01"])
+def test_a_time_that_no_line_can_hold_is_an_error_and_leaves_no_file(
+    store: EventStore, tmp_path: Path, moment: str
+) -> None:
+    append_by_sql(store, [[PLAIN]])
+    with psycopg.connect(store.conninfo) as connection:
+        connection.execute("UPDATE hindsight.events SET created_at = %s", (moment,))
+    with pytest.raises(MalformedRow, match="years 1 to 9999"):
+        store.export_events(tmp_path / "all.ndjson")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_half_a_surrogate_pair_goes_out_and_is_named_on_the_way_in(store: EventStore, copy: EventStore) -> None:
+    """Nothing of this library stores one, because no reader could decode it; PostgreSQL would."""
+    append_by_sql(store, [[PLAIN, Stored(**{**vars(ODD), "payload": '{"a":"\\ud800"}'})]])
+    text = exported(store)
+    assert b'"data":{"a":"\\ud800"}' in text
+    with pytest.raises(ImportFailed, match=r"surrogate|hex escape") as caught:
+        copy.import_events(io.BytesIO(text), import_id="a")
+    assert caught.value.line_no == 2
+
+
+# --- Which events ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def narrow_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages and scans of a few rows, so that 600 events take many."""
+    monkeypatch.setattr("hindsight_fast.reading.FIRST_PAGE_ROWS", 5)
+    monkeypatch.setattr("hindsight_fast.reading.SCAN_ROWS", 40)
+    monkeypatch.setattr("hindsight_fast.reading.PAGE_BYTES", 4_000)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(choose=st.randoms(use_true_random=False))
+def test_a_selection_is_what_filtering_by_hand_gives(
+    shop: EventStore, narrow_pages: None, choose: random.Random
+) -> None:
+    events = list(shop.read())
+    lines = exported(shop).splitlines(keepends=True)
+    places = [Cursor.BEGINNING, *(event.cursor for event in events), Cursor(0, 7), Cursor(2**63 - 1, 2**31 - 1)]
+    some = choose.choice(events)
+    selection = {
+        "after": choose.choice([Cursor.BEGINNING, choose.choice(places)]),
+        "until": choose.choice([None, choose.choice(places)]),
+        "event_types": choose.choice([None, [some.name], ["order_paid", "nothing"], []]),
+        "stream_id": choose.choice([None, some.stream_id, stream_uuid("ledger-USD"), stream_uuid("nobody's")]),
+        "correlation_id": choose.choice([None, None, some.correlation_id, uuid4()]),
+        "limit": choose.choice([None, None, 0, 1, 17, 10_000]),
+    }
+    wanted = [
+        line
+        for event, line in zip(events, lines, strict=True)
+        if event.cursor > selection["after"]
+        and (selection["until"] is None or event.cursor <= selection["until"])
+        and (selection["event_types"] is None or event.name in selection["event_types"])
+        and (selection["stream_id"] is None or event.stream_id == selection["stream_id"])
+        and (selection["correlation_id"] is None or event.correlation_id == selection["correlation_id"])
+    ]
+    assert exported(shop, **selection) == b"".join(wanted[: selection["limit"]])
+
+
+def test_one_range_after_the_other_gives_the_whole(shop: EventStore) -> None:
+    whole, at, parts = exported(shop), Cursor.BEGINNING, []
+    told: list[ExportProgress] = []
+    while part := exported(shop, after=at, limit=70, progress=told.append):
+        parts.append(part)
+        assert told[-1].cursor is not None
+        at = told[-1].cursor
+    assert len(parts) == 9
+    assert b"".join(parts) == whole
+
+
+def test_it_ends_at_the_head_as_of_the_beginning(shop: EventStore) -> None:
+    def append(_: ExportProgress) -> None:
+        shop.import_events([b'{"stream":"late","type":"t","data":{}}'], import_id=str(uuid4()))
+
+    assert exported(shop, progress=append).count(b"\n") == 600
+    assert shop.stream_version(stream_uuid("late")) is not None
+
+
+@pytest.mark.parametrize(
+    ("selection", "error"),
+    [
+        ({"after": "1:0"}, TypeError),
+        ({"after": None}, TypeError),
+        ({"until": "1:0"}, TypeError),
+        ({"event_types": "order_paid"}, TypeError),
+        ({"event_types": ["a\0b"]}, ValueError),
+        ({"stream_id": "s"}, TypeError),
+        ({"correlation_id": "c"}, TypeError),
+        ({"limit": -1}, ValueError),
+        ({"limit": True}, TypeError),
+    ],
+)
+def test_wrong_selections_are_refused_before_a_file_is_made(
+    store: EventStore, tmp_path: Path, selection: dict[str, Any], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        store.export_events(tmp_path / "all.ndjson", **selection)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- Where to -------------------------------------------------------------------------------------------------------
+
+
+class TakesLittle(io.RawIOBase):
+    """An unbuffered file that takes a few bytes of what it is given."""
+
+    def __init__(self) -> None:
+        self.taken = b""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.taken += bytes(data[:777])
+        return min(len(data), 777)
+
+
+class TakesNothing(TakesLittle):
+    """One in non-blocking mode, and full."""
+
+    def write(self, data: Any) -> int | None:  # type: ignore[override]
+        return None
+
+
+class Silent:
+    """A writer of somebody's own that does not say how much it took."""
+
+    def __init__(self) -> None:
+        self.taken = b""
+
+    def write(self, data: bytes) -> None:
+        self.taken += data
+
+
+def test_every_kind_of_target_gets_the_same_bytes(
+    shop: EventStore, tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    whole = exported(shop)
+    assert shop.export_events(tmp_path / "path.ndjson") == 600
+    assert shop.export_events(str(tmp_path / "text.ndjson")) == 600
+    shop.export_events(tmp_path / "packed.ndjson.gz")
+    little, silent = TakesLittle(), Silent()
+    shop.export_events(little)
+    shop.export_events(silent)  # type: ignore[arg-type]
+    with (tmp_path / "file.ndjson.gz").open("wb") as file:
+        shop.export_events(file)
+        assert not file.closed
+    with (tmp_path / "one.ndjson").open("wb") as file:
+        shop.export_events(file, limit=1)
+        assert (tmp_path / "one.ndjson").read_bytes() == exported(shop, limit=1)  # flushed
+    shop.export_events("-")
+    assert capsysbinary.readouterr().out == whole
+    assert (tmp_path / "path.ndjson").read_bytes() == whole
+    assert (tmp_path / "text.ndjson").read_bytes() == whole
+    assert (tmp_path / "file.ndjson.gz").read_bytes() == whole  # uncompressed: what is open has no name
+    assert little.taken == silent.taken == whole
+    with gzip.open(tmp_path / "packed.ndjson.gz") as packed:
+        assert packed.read() == whole
+    assert parts_in(tmp_path) == []
+
+
+def test_the_same_events_make_the_same_compressed_file(shop: EventStore, tmp_path: Path) -> None:
+    for name in ("a.gz", "b.gz"):
+        shop.export_events(tmp_path / name)
+    assert (tmp_path / "a.gz").read_bytes() == (tmp_path / "b.gz").read_bytes()
+    if program := shutil.which("gzip"):
+        subprocess.run([program, "-t", str(tmp_path / "a.gz")], check=True, timeout=60)
+
+
+def test_a_store_without_events_makes_an_empty_file(store: EventStore, tmp_path: Path) -> None:
+    for name in ("nothing.ndjson", "nothing.ndjson.gz"):
+        assert store.export_events(tmp_path / name) == 0
+    assert (tmp_path / "nothing.ndjson").read_bytes() == b""
+    assert gzip.decompress((tmp_path / "nothing.ndjson.gz").read_bytes()) == b""
+
+
+def test_a_file_is_made_as_the_umask_says(shop: EventStore, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        shop.export_events(tmp_path / "all.ndjson")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "all.ndjson").stat().st_mode) == 0o640
+
+
+def test_a_file_that_is_there_is_replaced_only_if_asked(shop: EventStore, tmp_path: Path) -> None:
+    path = tmp_path / "all.ndjson"
+    path.write_bytes(b"precious")
+    path.chmod(0o600)
+    told: list[ExportProgress] = []
+    with pytest.raises(FileExistsError, match=r"all\.ndjson"):
+        shop.export_events(path, progress=told.append)
+    assert told == []  # not only at the end
+    assert path.read_bytes() == b"precious"
+    shop.export_events(path, overwrite=True)
+    assert path.read_bytes() == exported(shop)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_made_meanwhile_is_not_replaced(shop: EventStore, tmp_path: Path) -> None:
+    path = tmp_path / "all.ndjson"
+    with pytest.raises(FileExistsError):
+        shop.export_events(path, progress=lambda _: path.write_bytes(b"precious"))
+    assert path.read_bytes() == b"precious"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("overwrite", "naming"), [(False, "link"), (True, "replace")])
+def test_a_file_is_on_disk_before_it_has_its_name(
+    shop: EventStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool, naming: str
+) -> None:
+    calls: list[tuple[str, str]] = []
+
+    def watched(name: str) -> Callable[..., None]:
+        really = getattr(os, name)
+
+        def call(what: Any, *others: Any) -> None:
+            path = os.readlink(f"/proc/self/fd/{what}") if isinstance(what, int) else what
+            calls.append((name, "folder" if path == str(tmp_path) else "file"))
+            really(what, *others)
+
+        return call
+
+    for name in ("fsync", "link", "replace"):
+        monkeypatch.setattr(os, name, watched(name))
+    shop.export_events(tmp_path / "all.ndjson", overwrite=overwrite)
+    assert calls == [("fsync", "file"), (naming, "file"), ("fsync", "folder")]
+
+
+def test_a_file_system_without_hard_links_will_do(
+    shop: EventStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_paths: object) -> None:
+        raise PermissionError(1, "Operation not permitted")  # what vfat says
+
+    monkeypatch.setattr(os, "link", refused)
+    path = tmp_path / "all.ndjson"
+    shop.export_events(path)
+    with pytest.raises(FileExistsError):
+        shop.export_events(path)
+    assert path.read_bytes() == exported(shop)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_stays_one(shop: EventStore, tmp_path: Path) -> None:
+    link, file = tmp_path / "link.ndjson", tmp_path / "there" / "file.ndjson"
+    file.parent.mkdir()
+    link.symlink_to(file)
+    for overwrite in (False, True):
+        shop.export_events(link, overwrite=overwrite)
+        assert link.is_symlink()
+        assert file.read_bytes() == exported(shop)
+
+
+def test_a_device_is_written_to_and_not_replaced(shop: EventStore, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with (tmp_path / "seen").open("wb") as seen, subprocess.Popen(["cat", pipe], stdout=seen) as reader:
+        try:
+            shop.export_events(pipe)
+            assert reader.wait(timeout=30) == 0
+        finally:
+            reader.kill()
+    assert (tmp_path / "seen").read_bytes() == exported(shop)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def test_a_long_name_is_no_obstacle(shop: EventStore, tmp_path: Path) -> None:
+    path = tmp_path / ("ü" * 127)
+    shop.export_events(path)
+    assert path.read_bytes() == exported(shop)
+
+
+@pytest.mark.parametrize(
+    ("target", "error"),
+    [
+        (io.StringIO(), TypeError),
+        (7, TypeError),
+        (b"bytes", TypeError),
+        (None, TypeError),
+        ("", ValueError),
+        ("/no/such/folder/file", FileNotFoundError),
+        ("/", IsADirectoryError),
+        (TakesNothing(), BlockingIOError),
+    ],
+    ids=["text file", "int", "bytes", "None", "empty", "no folder", "folder", "non-blocking"],
+)
+def test_what_is_no_target_is_refused(shop: EventStore, target: Any, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        shop.export_events(target)
+
+
+def test_a_missing_schema_leaves_no_file(database: str, tmp_path: Path) -> None:
+    with EventStore(database) as store, pytest.raises(SchemaError):
+        store.export_events(tmp_path / "all.ndjson")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- When it does not come to an end --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("leaving", [KeyboardInterrupt, SystemExit, RuntimeError])
+@pytest.mark.parametrize("name", ["all.ndjson", "all.ndjson.gz"])
+def test_whatever_ends_it_early_leaves_no_file(
+    shop: EventStore, tmp_path: Path, leaving: type[BaseException], name: str
+) -> None:
+    seen: list[list[Path]] = []
+
+    def leave(_: ExportProgress) -> None:
+        seen.append(parts_in(tmp_path))
+        raise leaving
+
+    with pytest.raises(leaving):
+        shop.export_events(tmp_path / name, progress=leave)
+    assert len(seen[0]) == 1
+    assert seen[0][0].name.startswith(name)
+    assert list(tmp_path.iterdir()) == []
+
+
+SLOW_PROGRAM = """
+import sys, time
+from hindsight_fast import EventStore
+def stop(progress):
+    print(progress.events, flush=True)
+    time.sleep(120)
+with EventStore(sys.argv[1]) as store:
+    store.export_events(sys.argv[2], overwrite=True, progress=stop)
+"""
+
+
+@pytest.mark.essential
+@pytest.mark.parametrize("there_before", [False, True])
+def test_a_killed_export_leaves_no_file_that_looks_whole(
+    shop: EventStore, database: str, tmp_path: Path, there_before: bool
+) -> None:
+    path = tmp_path / "all.ndjson"
+    if there_before:
+        path.write_bytes(b"the one of yesterday")
+    with subprocess.Popen([sys.executable, "-c", SLOW_PROGRAM, database, str(path)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert int(process.stdout.readline()) > 0
+        process.send_signal(signal.SIGKILL)
+        process.wait(timeout=30)
+    assert path.exists() == there_before
+    if there_before:
+        assert path.read_bytes() == b"the one of yesterday"
+    (part,) = parts_in(tmp_path)
+    part.unlink()
+    shop.export_events(path, overwrite=there_before)
+    assert path.read_bytes() == exported(shop)
+
+
+LIMITED_PROGRAM = """
+import resource, sys
+from hindsight_fast import EventStore
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+with EventStore(sys.argv[1]) as store:
+    try:
+        store.export_events(sys.argv[2])
+    except OSError as error:
+        print(error.filename)
+"""
+
+
+def test_a_disk_that_fills_up_is_named_and_leaves_no_file(shop: EventStore, database: str, tmp_path: Path) -> None:
+    path = tmp_path / "all.ndjson"
+    assert len(exported(shop)) > 100_000
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED_PROGRAM, database, str(path)], capture_output=True, text=True, timeout=60
+    )
+    assert (done.stdout, done.stderr) == (f"{path}\n", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_device_is_an_error(shop: EventStore) -> None:
+    with pytest.raises(OSError, match=r"No space left.*/dev/full"):
+        shop.export_events("/dev/full")
+
+
+def test_a_reader_that_goes_away_is_a_broken_pipe(store: EventStore) -> None:
+    store.import_events(demo_lines(3_000), import_id="many")
+    read_end, write_end = os.pipe()
+    with os.fdopen(write_end, "wb", buffering=0) as pipe:
+        os.close(read_end)
+        with pytest.raises(BrokenPipeError):
+            store.export_events(pipe)
+
+
+# --- What it takes --------------------------------------------------------------------------------------------------
+
+
+def test_no_connection_and_no_snapshot_is_held_while_lines_are_written(database: str) -> None:
+    with EventStore(database, pool_size=1) as store:
+        store.create_schema()
+        store.import_events(demo_lines(3_000), import_id="many")
+        watched = 0
+
+        def watch(_: ExportProgress) -> None:
+            nonlocal watched
+            watched += 1
+            assert store.head() is not None  # over the only connection
+            with psycopg.connect(database) as connection:
+                deadline = time.monotonic() + 20
+                query = "SELECT 1 FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND backend_xmin IS NOT NULL"
+                query += " AND datname = current_database() AND backend_type = 'client backend'"
+                # A page read ahead may be on its way.
+                while connection.execute(query).fetchone() is not None:
+                    connection.rollback()
+                    assert time.monotonic() < deadline
+                    time.sleep(0.005)
+
+        assert exported(store, progress=watch).count(b"\n") == 3_000
+        assert watched > 1
+
+
+MEMORY_PROGRAM = """
+import sys
+from hindsight_fast import EventStore
+with EventStore(sys.argv[1]) as store:
+    assert store.export_events(sys.argv[2], limit=int(sys.argv[3])) == int(sys.argv[3])
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.parametrize("name", ["all.ndjson", "all.ndjson.gz"])
+def test_memory_is_flat(store: EventStore, database: str, tmp_path: Path, name: str) -> None:
+    line = b'{"stream":"stream-%d","type":"t","data":{"n":%d,"filler":"' + b"x" * 150 + b'"}}'
+    store.import_events((line % (n % 5000, n) for n in range(200_000)), import_id="many")
+
+    def peak_kib(count: int) -> int:
+        path = tmp_path / f"{count}-{name}"
+        done = subprocess.run(
+            [sys.executable, "-c", MEMORY_PROGRAM, database, str(path), str(count)],
+            capture_output=True, timeout=300, check=True,
+        )  # fmt: skip
+        return int(done.stdout)
+
+    small, large = peak_kib(20_000), peak_kib(200_000)
+    print(f"peak memory: {small} KiB for 20,000 events, {large} KiB for 200,000")
+    # 4 MiB: a ninth of the lines that 180,000 more events make.
+    assert large < small + 4 * 1024
+
+
+def test_progress_tells_what_is_written(shop: EventStore) -> None:
+    told: list[ExportProgress] = []
+    text = exported(shop, progress=told.append)
+    assert [each.events for each in told] == sorted({each.events for each in told})
+    assert (told[-1].events, told[-1].bytes, told[-1].cursor) == (600, len(text), shop.head())
+    assert json.loads(text.splitlines()[told[0].events - 1])["id"]
