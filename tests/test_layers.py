@@ -19,6 +19,8 @@ LAYERS = [
     {"statements", "results", "import_lines", "demo_events", "accounts"},
     {"events", "reading", "read_ahead", "import_chunks", "server_guard"},
     {"event_registry", "appending"},
+    {"golden"},
+    {"testing"},
     {"import_rejects"},
     {"import_writer", "embedded"},
     {"import_jobs", "import_dry_run"},
