@@ -271,6 +271,22 @@ def test_what_holds_itself_or_is_too_deep_is_refused() -> None:
             NewEvent("cycle", payload)
 
 
+def test_depth_that_only_c_goes_through_is_stored_or_refused() -> None:
+    outcomes = set()
+    for depth in range(300, 1000, 25):
+        for last in (1, [UUID(int=1)]):
+            payload: dict[str, Any] = {"last": last}
+            for _ in range(depth):
+                payload = {"a": payload}
+            try:
+                outcomes.add(
+                    (last == 1, NewEvent("deep", payload).data == b'{"a":' * depth + b'{"last":1}' + b"}" * depth)
+                )
+            except EventEncodeError as error:
+                outcomes.add((last == 1, error.path == "$" or error.path.endswith(".last[0]")))
+    assert outcomes == {(True, True), (False, True)}
+
+
 def test_a_field_that_equality_leaves_out_is_looked_at_all_the_same() -> None:
     @dataclass
     class Partly:

@@ -172,6 +172,26 @@ def test_a_wider_type_fails_for_the_sake_of_older_programs(pinned: Run) -> None:
     assert '- "email": "none | str" + "email": "int | none | str"' in said.replace(",", "")
 
 
+def test_a_default_that_is_not_stored_is_pinned(run: Run) -> None:
+    events = """
+import msgspec
+from hindsight_fast import EventType
+from hindsight_fast.testing import event_contract_tests
+
+class Seat(msgspec.Struct, omit_defaults=True):
+    row: int
+    number: int = 1
+    tags: set[str] = msgspec.field(default_factory=set)
+
+test_events = event_contract_tests([EventType("user registered", (Seat,))])
+"""
+    run(events, "--hindsight-update-golden").assert_outcomes(passed=3)
+    run(events).assert_outcomes(passed=3)
+    result = run(events.replace("number: int = 1", "number: int = 2"))
+    result.assert_outcomes(failed=1, passed=2)
+    assert '- "when absent": 1 + "when absent": 2' in complaints(result)
+
+
 def test_a_chain_whose_result_changed_fails(pinned: Run) -> None:
     result = pinned(changed("User(v0.name, v0.at, None)", "User(v0.name, v0.at, 'unknown')"))
     result.assert_outcomes(failed=1, passed=4)

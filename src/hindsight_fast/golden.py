@@ -143,7 +143,7 @@ def write(folder: Path, event_type: EventType[Any], version: int, payloads: Sequ
     examples = []
     codec = PayloadCodec(event_type.versions[version])
     for each in payloads:
-        stored = _canonical(codec.decode(each))
+        stored = canonical(codec.decode(each))
         _check_stored(event_type, version, stored, "a new example", "")
         today = _today(event_type, version, stored)
         if today != _today(event_type, version, stored):
@@ -161,7 +161,7 @@ def write(folder: Path, event_type: EventType[Any], version: int, payloads: Sequ
 def shape_of(payload_class: type[Any]) -> bytes:
     """Return, as JSON, the names and types of a payload class's fields, as far as what is stored depends on them."""
     shape = check_payload_class(payload_class)
-    return _canonical("dict" if shape is None else _described(shape, ()))
+    return canonical("dict" if shape is None else _described(shape, ()))
 
 
 def _described(node: shapes.Type, above: tuple[type[Any], ...]) -> Any:
@@ -173,17 +173,19 @@ def _described(node: shapes.Type, above: tuple[type[Any], ...]) -> Any:
         if node.cls in above:
             return "itself, from above"
         may_lack = isinstance(node, shapes.TypedDictType)
-        fields = {
-            each.encode_name + ("?" if may_lack and not each.required else ""): _described(
-                each.type, (*above, node.cls)
-            )
-            for each in node.fields
-        }
+        fields: dict[str, Any] = {}
+        for each in node.fields:
+            name = each.encode_name + ("?" if may_lack and not each.required else "")
+            fields[name] = _described(each.type, (*above, node.cls))
+            if isinstance(node, shapes.StructType) and node.cls.__struct_config__.omit_defaults and not each.required:
+                # Stored is then, by its absence, whatever the default is.
+                default = each.default if each.default_factory is msgspec.NODEFAULT else each.default_factory()
+                fields[name] = {"type": fields[name], "when absent": msgspec.to_builtins(default, str_keys=True)}
         if isinstance(node, shapes.StructType) and node.tag_field is not None:
             fields[node.tag_field] = {"one of": [node.tag]}
         return fields
     if isinstance(node, shapes.UnionType):
-        members = sorted((_described(each, above) for each in node.types), key=_canonical)
+        members = sorted((_described(each, above) for each in node.types), key=canonical)
         return " | ".join(members) if all(isinstance(each, str) for each in members) else {"any of": members}
     inner: Any = None
     if isinstance(node, shapes.DictType):
@@ -203,14 +205,14 @@ def _check_stored(event_type: EventType[Any], version: int, stored: bytes, which
     changed = f"the shape of version {version} of {event_type.name!r} changed: stored events can no longer be read"
     codec = PayloadCodec(event_type.versions[version])
     try:
-        again = _canonical(codec.decode(stored))
+        again = canonical(codec.decode(stored))
     except Exception as error:  # a class's own __post_init__ may raise whatever it likes
         reason, path = reason_and_path(error)
         place = which if path is None else f"{path} of {which}"
         raise Broken(f"{changed}: {reason} ({place}). {remedy}") from error
-    canonical = _canonical(msgspec.json.decode(stored))
-    if again != canonical:
-        raise Broken(f"{changed} for what they say ({which}):\n{_difference(canonical, again)}\n{remedy}")
+    before = canonical(msgspec.json.decode(stored))
+    if again != before:
+        raise Broken(f"{changed} for what they say ({which}):\n{_difference(before, again)}\n{remedy}")
 
 
 def _today(event_type: EventType[Any], version: int, stored: bytes) -> bytes:
@@ -232,10 +234,11 @@ def _today(event_type: EventType[Any], version: int, stored: bytes) -> bytes:
         raise Broken(
             f"what version {version} of {event_type.name!r} becomes is no payload of version {latest}: {error}"
         ) from error
-    return _canonical(payload)
+    return canonical(payload)
 
 
-def _canonical(payload: Any) -> bytes:
+def canonical(payload: Any) -> bytes:
+    """Return *payload* as JSON, in the one order that golden files know."""
     # In two steps: the encoder sorts no keys that are not text yet.
     return _encode_sorted(msgspec.to_builtins(payload, str_keys=True, order="sorted"))
 

@@ -24,6 +24,7 @@ _encode: Final = msgspec.json.Encoder(decimal_format="string", uuid_format="cano
 _naive_time_in: Final = re.compile(rb'T\d\d:\d\d:\d\d(?:\.\d{1,6})?"').search
 # Complaints of msgspec's that go on to quote the value.
 _QUOTING: Final = re.compile(r"Invalid (?:enum )?value\b")
+_TOO_DEEP: Final = "is nested too deeply, or holds itself"
 _KEYS: Final = (
     shapes.AnyType, shapes.StrType, shapes.IntType, shapes.FloatType, shapes.DecimalType, shapes.UUIDType,
     shapes.DateTimeType, shapes.DateType, shapes.TimeType, shapes.TimeDeltaType, shapes.BytesType, shapes.EnumType,
@@ -64,18 +65,18 @@ class PayloadCodec:
         try:
             back = self.decode(data)
         except Exception as error:  # a class's own __post_init__ may raise whatever it likes
-            if found := _first_difference(payload, payload, "$"):  # a NaN, say, where msgspec tells of a null
+            if found := _difference(payload, payload):  # a NaN, say, where msgspec tells of a null
                 raise Lossy(*found) from error
             reason, path = reason_and_path(error)
             raise Lossy(path or "$", f"would not be read again: {reason}") from error
-        # Equal is nearly always enough, and takes a tenth of what a walk over all fields does. But naive times come
-        # back equal to themselves, and a time in a repeated hour unequal to itself.
+        # Equal is nearly always enough: for ten fields 0.6 µs, where a walk over them takes 31. But naive times come back
+        # equal to themselves, and a time in a repeated hour unequal to itself.
         surely_exact = (
             self._equality_sees_all
             and _are_equal(back, payload)
             and not (self._holds_times and _naive_time_in(data) is not None)
         )
-        if not surely_exact and (found := _first_difference(payload, back, "$")):
+        if not surely_exact and (found := _difference(payload, back)):
             raise Lossy(*found)
         return data
 
@@ -193,6 +194,13 @@ def _is_same_moment(mine: datetime, back: Any) -> bool:
     return mine.replace(tzinfo=None) - back.replace(tzinfo=None) == my_offset - its_offset
 
 
+def _difference(payload: Any, back: Any) -> tuple[str, str] | None:
+    try:
+        return _first_difference(payload, back, "$")
+    except RecursionError:  # what msgspec, in C, could still go through
+        return "$", _TOO_DEEP
+
+
 def _first_difference(mine: Any, back: Any, path: str) -> tuple[str, str] | None:
     """Where *back*, decoded from what *mine* was encoded to, says something else, and what; None where it does not."""
     if isinstance(mine, datetime):
@@ -269,7 +277,7 @@ def _other(mine: Any, back: Any) -> str:
 def _unencodable(payload: Any, error: Exception) -> tuple[str, str]:
     """Where in *payload* the value stands that cannot be encoded, and why."""
     if isinstance(error, RecursionError):
-        return "$", "is nested too deeply, or holds itself"
+        return "$", _TOO_DEEP
     path, value = "$", payload
     while True:
         for inner_path, inner, _ in _parts(value, value, path) or ():

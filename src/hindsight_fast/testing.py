@@ -155,7 +155,8 @@ def _drawn_examples(event_type: EventType[Any], version: int) -> list[bytes]:
     )
     @hypothesis.given(_payloads_of(codec.payload_class))
     def draw(payload: Any) -> None:
-        drawn.add(codec.encode(payload))
+        codec.encode(payload)
+        drawn.add(golden.canonical(payload))
 
     try:
         draw()
