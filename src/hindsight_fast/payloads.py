@@ -69,8 +69,8 @@ class PayloadCodec:
                 raise Lossy(*found) from error
             reason, path = reason_and_path(error)
             raise Lossy(path or "$", f"would not be read again: {reason}") from error
-        # Equal is nearly always enough: for ten fields 0.6 µs, where a walk over them takes 31. But naive times come back
-        # equal to themselves, and a time in a repeated hour unequal to itself.
+        # Equal is nearly always enough: 0.6 µs for ten fields, where a walk over them takes 31. But naive times come
+        # back equal to themselves, and a time in a repeated hour unequal to itself.
         surely_exact = (
             self._equality_sees_all
             and _are_equal(back, payload)
