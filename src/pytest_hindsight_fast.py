@@ -2,6 +2,8 @@
 
 A module beside the package, not in it: pytest loads it in every run of every project that has hindsight_fast installed,
 and must not load psycopg and the compiled core for it.
+
+PYTEST_DONT_REWRITE: it holds no assertion, and a pytest inside of a pytest would warn that it is imported already.
 """
 
 from __future__ import annotations
