@@ -9,7 +9,7 @@ import msgspec
 
 from .errors import EventDefinitionError, EventParseError
 from .events import EventType, NewEvent, check_name
-from .payloads import split_path
+from .payloads import reason_and_path
 
 if TYPE_CHECKING:
     from ._core import RecordedEvent
@@ -85,7 +85,7 @@ class EventRegistry:
         try:
             return _decode_plain(event.data)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise EventParseError.of(event, *split_path(str(error))) from error
+            raise EventParseError.of(event, *reason_and_path(error)) from error
 
     def _unknown(self, given: Any) -> str:
         kind = type(given).__name__
