@@ -168,7 +168,7 @@ def bench_import_git_history(benchmark, server, database, git_history, folder):
 
 
 def bench_import_ways(benchmark, server, database, demo_data, folder):
-    data = demo_data(EVENTS)
+    data = demo_data(min(EVENTS, 300_000))
     arena = _arena(server, database, data, folder)
     try:
         compare(

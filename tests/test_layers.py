@@ -19,7 +19,8 @@ LAYERS = [
     {"installations"},
     {"statements", "results", "import_lines", "demo_events", "accounts"},
     {"events", "reading", "read_ahead", "import_chunks", "server_guard"},
-    {"event_registry", "appending", "golden"},
+    {"event_registry", "appending"},
+    {"golden"},
     {"testing"},
     {"import_rejects"},
     {"import_writer", "embedded"},
@@ -31,13 +32,13 @@ LAYERS = [
     {"__init__"},
     {"demo"},
     {"cli_common"},
-    {"cli_import", "cli_read"},
+    {"cli_import", "cli_read", "cli_schema"},
     {"cli"},
 ]
 # The only modules that may talk to a server or start one.
 SHELLS = {"store", "appending", "read_ahead", "import_writer", "import_dry_run", "import_jobs", "import_build"}
 SHELLS |= {"import_initial", "importer", "installations", "accounts", "server_guard", "embedded", "status", "demo"}
-SHELLS |= {"cli_common", "cli_import", "cli_read", "cli"}
+SHELLS |= {"cli_common", "cli_import", "cli_read", "cli_schema", "cli"}
 IO_MODULES = {"psycopg_pool", "subprocess", "socket", "select"}
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``hindsight demo | init | import | export | read | status``. Data on stdout, talk on stderr."""
+"""The command line: demo, init, import, export, read, schema, status. Data on stdout, talk on stderr."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from .cli_common import (
 )
 from .cli_import import import_
 from .cli_read import export, read
+from .cli_schema import schema
 from .demo import run_demo
 from .schema import LAYOUT, schema_sql
 from .status import StoreStatus, read_status
@@ -62,7 +63,7 @@ def commands() -> None:
     """
 
 
-for command in (import_, export, read):
+for command in (import_, export, read, schema):
     commands.add_command(command)
 
 

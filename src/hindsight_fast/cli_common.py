@@ -7,7 +7,7 @@ import re
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
@@ -24,6 +24,7 @@ from .demo import DATABASE as DEMO_DATABASE
 from .demo import default_data_dir
 from .embedded import EmbeddedServer
 from .errors import HindsightError, ImportFailed
+from .events import EventType
 from .schema import check_schema_name
 from .store import EventStore
 
@@ -77,12 +78,22 @@ class DataSource:
             self._folder = Path(embedded).absolute() if embedded else default_data_dir("data")
 
     @contextmanager
-    def open_store(self, purpose: Literal["look", "write", "make"], *, connections: int = 1) -> Iterator[EventStore]:
+    def open_store(
+        self,
+        purpose: Literal["look", "write", "make"],
+        *,
+        connections: int = 1,
+        event_types: Iterable[EventType[Any]] = (),
+    ) -> Iterator[EventStore]:
         """Lend an open store, of as many *connections* as are needed at a time (more, if those are few).
 
         A private server's folder is made only to "make" a store in it.
         """
-        options: dict[str, Any] = {"schema": self.schema, "pool_size": max(connections, 10)}
+        options: dict[str, Any] = {
+            "schema": self.schema,
+            "pool_size": max(connections, 10),
+            "event_types": event_types,
+        }
         if self._folder is None:
             with EventStore(_checked_conninfo(self._dsn), **options) as store:
                 yield store

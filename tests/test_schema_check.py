@@ -1,0 +1,186 @@
+"""Stored events read through the application's types before the application does: what fails is found, and where."""
+
+from __future__ import annotations
+
+import json
+import sys
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import pytest
+
+from command_line import run
+from hindsight_fast import ANY, EventStore, EventType, NewEvent, schema_check
+from hindsight_fast.cli_schema import load_event_types
+from hindsight_fast.schema_check import SchemaCheck, VersionCount
+from hindsight_fast.statements import COUNTED_AT_ONCE
+
+
+@dataclass(frozen=True)
+class PlacedV0:
+    n: int
+
+
+@dataclass(frozen=True)
+class Placed:
+    n: int
+    currency: str
+
+
+def with_currency(v0: PlacedV0) -> Placed:
+    if v0.n == 13:
+        raise ValueError("nobody knows")
+    return Placed(v0.n, "EUR")
+
+
+placed = EventType("placed", (PlacedV0, Placed), [with_currency])
+COUNT = 3_000
+
+MODULE = """
+from dataclasses import dataclass
+from hindsight_fast import EventType
+
+@dataclass
+class Placed:
+    n: int
+
+placed = EventType("placed", (Placed,))
+event_types = [placed]
+nothing = 7
+"""
+
+
+def lines() -> Iterator[bytes]:
+    """Of every ten events six are placed version 0, one version 1, one version 2, two of a name without a type."""
+    for n in range(COUNT):
+        kind = n % 10
+        name, version = ("noted", 0) if kind > 7 else ("placed", max(kind - 5, 0))
+        data = {"n": "a" if n == 20 else n, **({"currency": "USD"} if version else {})}
+        yield json.dumps({"stream": f"s{n % 7}", "type": name, "version": version, "data": data}).encode()
+
+
+@pytest.fixture
+def store(database: str) -> Iterator[EventStore]:
+    with EventStore(database, event_types=[placed]) as store:
+        store.create_schema()
+        store.import_events(lines(), import_id="a")
+        yield store
+
+
+@pytest.mark.essential
+def test_every_event_is_checked_and_every_failure_told_with_its_place(store: EventStore) -> None:
+    check = SchemaCheck(store)
+    failures = list(check)
+    events = {event.event_id: event for event in store.read()}
+    assert [failure.cursor for failure in failures] == sorted(events[f.event_id].cursor for f in failures if f.event_id)
+    assert Counter((failure.name, failure.version) for failure in failures) == {("placed", 0): 2, ("placed", 2): 300}
+    wrong_type, upcast = (f for f in failures if f.version == 0)
+    assert (upcast.path, wrong_type.path) in ((None, "$.n"), ("$.n", None))
+    assert {f.reason.partition(":")[0] for f in failures if f.version == 2} == {
+        "this program knows versions up to 1 only"
+    }
+    assert check.inventory == [
+        VersionCount("noted", 0, False, 600, 600, 0),
+        VersionCount("placed", 0, True, 1800, 1800, 2),
+        VersionCount("placed", 1, True, 300, 300, 0),
+        VersionCount("placed", 2, True, 300, 300, 300),
+    ]
+
+
+@pytest.mark.parametrize("counted_at_once", [7, COUNTED_AT_ONCE])
+def test_a_sample_is_spread_over_all_kinds_and_the_rest_is_counted(
+    database: str, store: EventStore, monkeypatch: pytest.MonkeyPatch, counted_at_once: int
+) -> None:
+    monkeypatch.setattr("hindsight_fast.statements.COUNTED_AT_ONCE", counted_at_once)
+    told: list[int] = []
+    monkeypatch.setattr(schema_check, "PROGRESS_S", -1.0)
+    with EventStore(database, event_types=[placed]) as sampled:
+        check = SchemaCheck(sampled, sample=50, progress=told.append)
+        failures = [failure.event_id for failure in check]
+        assert {each.name: each.events for each in check.inventory if each.version == 0} == {
+            "noted": 600,
+            "placed": 1800,
+        }
+        for each in check.inventory:
+            # Chosen by their ids, so about as many: 50 of each kind, give or take.
+            assert 20 <= each.checked <= 100, each
+        # The same ones when it is done again.
+        assert [failure.event_id for failure in check] == failures
+    assert told[0] >= 7
+    whole = list(SchemaCheck(store, sample=10**6))
+    assert [f.event_id for f in whole] == [f.event_id for f in SchemaCheck(store)]
+
+
+def test_an_empty_store_has_nothing_to_check(database: str) -> None:
+    with EventStore(database) as store:
+        store.create_schema()
+        for sample in (None, 5):
+            check = SchemaCheck(store, sample=sample)
+            assert list(check) == []
+            assert check.inventory == []
+
+
+def test_a_plain_payload_that_cannot_be_decoded_is_found_too(store: EventStore) -> None:
+    stream_id = uuid.uuid4()
+    store.append(stream_id, [NewEvent("noted", {"n": 1})], expected=ANY)
+    with store.pool.connection() as connection:
+        connection.execute(
+            """UPDATE hindsight.events SET payload = '{"n": 1e999}' WHERE stream_id = %s""", (stream_id,)
+        )
+    (failure,) = (f for f in SchemaCheck(store) if f.name == "noted")
+    assert "out of range" in failure.reason
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a module in the current folder."""
+    name = f"types_{uuid.uuid4().hex}"
+    (tmp_path / f"{name}.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    return name
+
+
+@pytest.mark.essential
+def test_the_command_lists_failures_and_an_inventory(database: str, store: EventStore, module: str) -> None:
+    done = run("schema", "check", "--types", f"{module}:event_types", "--dsn", database)
+    assert done.exit_code == 1
+    rows = done.stdout.splitlines()
+    assert len([row for row in rows if "event" in row and ":" in row]) == 601
+    assert any(row.split()[:5] == ["placed", "1", "300", "300", "300"] for row in rows)
+    assert any("noted" in row and "no type of this name" in row for row in rows)
+    assert "3,000 events checked, 601 failed" in done.stderr
+
+    done = run("schema", "check", "--types", f"{module}:placed", "--sample", "20", "--json", "--dsn", database)
+    assert done.exit_code == 1
+    *failures, last = map(json.loads, done.stdout.splitlines())
+    assert last["failed"] == len(failures)
+    assert {(each["name"], each["version"]) for each in failures} == {("placed", 1), ("placed", 2)}
+    assert sum(each["events"] for each in last["inventory"]) == COUNT
+
+
+def test_a_store_in_order_exits_with_zero(database: str, module: str) -> None:
+    with EventStore(database) as store:
+        store.create_schema()
+        store.append(uuid.uuid4(), [NewEvent("placed", {"n": 1})], expected=ANY)
+    done = run("schema", "check", "--types", f"{module}:event_types", "--dsn", database)
+    assert done.exit_code == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("place", "what"),
+    [
+        ("nowhere", "MODULE:ATTRIBUTE"),
+        (":x", "MODULE:ATTRIBUTE"),
+        ("no_such_module_anywhere:x", "ModuleNotFoundError"),
+        ("{module}:no_such", "no_such"),
+        ("{module}:nothing", "holds int"),
+    ],
+)
+def test_a_place_without_types_is_wrong_usage(module: str, place: str, what: str) -> None:
+    with pytest.raises(click.BadParameter, match=what):
+        load_event_types(place.format(module=module))
