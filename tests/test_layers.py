@@ -19,6 +19,7 @@ LAYERS = [
     {"installations"},
     {"statements", "results", "import_lines", "demo_events", "accounts"},
     {"events", "reading", "read_ahead", "import_chunks", "server_guard"},
+    {"begin_copy"},
     {"event_registry", "appending"},
     {"golden"},
     {"testing"},
@@ -36,9 +37,9 @@ LAYERS = [
     {"cli"},
 ]
 # The only modules that may talk to a server or start one.
-SHELLS = {"store", "appending", "read_ahead", "import_writer", "import_dry_run", "import_jobs", "import_build"}
-SHELLS |= {"import_initial", "importer", "installations", "accounts", "server_guard", "embedded", "status", "demo"}
-SHELLS |= {"cli_common", "cli_import", "cli_read", "cli_schema", "cli"}
+SHELLS = {"store", "begin_copy", "appending", "read_ahead", "import_writer", "import_dry_run", "import_jobs"}
+SHELLS |= {"import_build", "import_initial", "importer", "installations", "accounts", "server_guard", "embedded"}
+SHELLS |= {"status", "demo", "cli_common", "cli_import", "cli_read", "cli_schema", "cli"}
 IO_MODULES = {"psycopg_pool", "subprocess", "socket", "select"}
 
 

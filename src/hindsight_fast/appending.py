@@ -6,23 +6,21 @@ The plain form, a transaction of several round trips.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
 import psycopg
-from psycopg.rows import tuple_row
 
 from ._core import Cursor, EventRows
+from .begin_copy import begin_copy, execute
 from .errors import ConcurrencyConflict
 from .events import NewEvent
-from .schema import LAYOUT, refusal_of
+from .schema import LAYOUT
 from .writes import AppendResult, EventIds, Expected, VersionMismatch, expectation_holds
 
 if TYPE_CHECKING:
     from .statements import Statements
 
-_EPOCH: Final = datetime(2000, 1, 1, tzinfo=UTC)
 _ids: Final = EventIds()
 
 
@@ -38,13 +36,7 @@ def append_to_stream(
     """Append *events*, in one transaction. Raises ConcurrencyConflict, SchemaError, or psycopg's own errors."""
 
     def ask(statement: bytes, *parameters: Any) -> psycopg.Cursor[Any]:
-        cursor = psycopg.Cursor(connection, row_factory=tuple_row)
-        try:
-            return cursor.execute(statement, parameters, binary=True, prepare=False)
-        except psycopg.Error as error:
-            if (refusal := refusal_of(error, statements.schema)) is not None:
-                raise refusal from error
-            raise
+        return execute(connection, statements, statement, parameters)
 
     def check(version: int | None) -> None:
         """Compare what was there before with what was expected."""
@@ -67,22 +59,15 @@ def append_to_stream(
                 event_ids[-1].bytes, stream_id.bytes, event.name, event.version, event.data, event.created_at,
                 None if correlation_id is None else correlation_id.bytes, event.metadata_json,
             )  # fmt: skip
-        begun = ask(statements.begin_copy, [stream_id], [len(events)])
-        result = begun.pgresult
-        assert result is not None
-        number, versions, started_at = (result.get_value(0, column) for column in range(3))
-        assert number is not None
-        assert versions is not None
-        assert started_at is not None
-        transaction_no = int.from_bytes(number, "big")
-        last_version = int.from_bytes(versions[-8:], "big", signed=True)
+        begun = begin_copy(connection, statements, rows)
+        last_version = int.from_bytes(begun.head_versions[-8:], "big", signed=True)
         before = last_version - len(events)
         check(None if before < 0 else before)
-        rows.place(transaction_no, versions, _EPOCH + timedelta(microseconds=int.from_bytes(started_at, "big")))
-        with begun.copy(statements.copy_events) as copy:
+        rows.place(*begun)
+        with psycopg.Cursor(connection).copy(statements.copy_events) as copy:
             for block in rows.blocks():
                 copy.write(block)
         # Last, in a snapshot of its own: what was committed while this append waited for its lock counts too.
         ask(statements.check_writable, LAYOUT, generation)
-    cursor = Cursor(transaction_no, len(events) - 1)
+    cursor = Cursor(begun.transaction_no, len(events) - 1)
     return AppendResult(cursor, {stream_id: cursor}, {stream_id: last_version}, tuple(event_ids))

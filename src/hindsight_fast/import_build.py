@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import psycopg
 from psycopg import errors
 
-from .import_writer import execute
+from .begin_copy import execute
 from .statements import BUILD_PROGRESS
 
 if TYPE_CHECKING:

@@ -21,11 +21,12 @@ from psycopg import errors
 from psycopg.rows import tuple_row
 
 from ._core import Cursor, EventRows
+from .begin_copy import execute
 from .errors import ImportFailed, SchemaError
 from .import_build import BesideBuild, DuplicatedIds
 from .import_chunks import Chunk, ChunkMaker
 from .import_rejects import RejectFile
-from .import_writer import ROW_ERRORS, ChunkWriter, execute
+from .import_writer import ROW_ERRORS, ChunkWriter
 from .statements import LIMIT_DROP_WAIT, LIMIT_GATE_WAIT, LOCK_INITIAL, OPEN_SNAPSHOTS, TABLE_USERS, UNLOCK_INITIAL
 
 if TYPE_CHECKING:

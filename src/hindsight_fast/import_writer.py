@@ -12,22 +12,19 @@ import select
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import psycopg
 from psycopg import errors
-from psycopg.adapt import Dumper
-from psycopg.pq import Format
-from psycopg.rows import tuple_row
 
 from ._core import Cursor, EventRows, RecordedEvent, decode_row
+from .begin_copy import UuidArray, begin_copy, execute
 from .errors import ImportFailed
 from .import_chunks import Checkpoint, Chunk, ChunkMaker
 from .import_rejects import RejectFile, TooManyRejects
 from .reading import MAX_HOLD_S
 from .results import events_of
-from .schema import LAYOUT, refusal_of
+from .schema import LAYOUT
 from .statements import CHECK_DEFERRED, LIMIT_CHUNK
 
 if TYPE_CHECKING:
@@ -47,8 +44,6 @@ ROW_ERRORS: Final = (
 OWN_CONSTRAINTS: Final = frozenset({"events_pkey", "events_stream_key", "events_event_id_key"})
 IDS_CONSTRAINT: Final = "events_event_id_key"
 
-_EPOCH: Final = datetime(2000, 1, 1, tzinfo=UTC)
-
 
 @dataclass(frozen=True, slots=True)
 class Stored:
@@ -64,30 +59,6 @@ class Stored:
     @property
     def last(self) -> Cursor | None:
         return None if self.first is None else Cursor(self.first.transaction_no, self.events - 1)
-
-
-class UuidArray(bytes):
-    """A ``uuid[]`` in PostgreSQL's binary form, as the core makes it."""
-
-
-class BigintArray(bytes):
-    """A ``bigint[]`` in PostgreSQL's binary form."""
-
-
-class _UuidArrayDumper(Dumper):
-    format = Format.BINARY
-    oid = 2951
-
-    def dump(self, obj: UuidArray) -> bytes:
-        return obj
-
-
-class _BigintArrayDumper(Dumper):
-    format = Format.BINARY
-    oid = 1016
-
-    def dump(self, obj: BigintArray) -> bytes:
-        return obj
 
 
 class Refused(Exception):
@@ -241,19 +212,10 @@ class ChunkWriter:
         self._execute(LIMIT_CHUNK.encode(), (f"{MAX_HOLD_S * 1000:.0f}ms",))
 
     def _copy(self, rows: EventRows, meanwhile: ChunkMaker | None) -> tuple[Cursor, int]:
-        stream_ids, event_counts = rows.stream_arrays()
-        begun = self._execute(self._statements.begin_copy, (UuidArray(stream_ids), BigintArray(event_counts)))
-        result = begun.pgresult
-        assert result is not None
-        transaction_no, head_versions, started_at = (result.get_value(0, column) for column in range(3))
-        assert transaction_no is not None
-        assert head_versions is not None
-        assert started_at is not None
-        number = int.from_bytes(transaction_no, "big")
-        now = _EPOCH + timedelta(microseconds=int.from_bytes(started_at, "big", signed=True))
-        new_streams = rows.place(number, head_versions, now)
+        begun = begin_copy(self._connection, self._statements, rows)
+        new_streams = rows.place(begun.transaction_no, begun.head_versions, begun.started_at)
         self._send(self._statements.copy_events, rows, meanwhile)
-        return Cursor(number, 0), new_streams
+        return Cursor(begun.transaction_no, 0), new_streams
 
     def _send(self, statement: bytes, rows: EventRows, meanwhile: ChunkMaker | None) -> None:
         """Send placed *rows* by a COPY statement."""
@@ -366,21 +328,6 @@ class ChunkWriter:
             byte_offset=None if row is None else chunk.offsets[row],
             stored_lines=chunk.start.line_no,
         )
-
-
-def execute(
-    connection: psycopg.Connection[Any], statements: Statements, statement: bytes, parameters: tuple[Any, ...]
-) -> psycopg.Cursor[tuple[Any, ...]]:
-    """Run a statement in binary format. Raises SchemaError where the store refuses it."""
-    cursor: psycopg.Cursor[tuple[Any, ...]] = psycopg.Cursor(connection, row_factory=tuple_row)
-    cursor.adapters.register_dumper(UuidArray, _UuidArrayDumper)
-    cursor.adapters.register_dumper(BigintArray, _BigintArrayDumper)
-    try:
-        return cursor.execute(statement, parameters, binary=True, prepare=False)
-    except psycopg.Error as error:
-        if (refusal := refusal_of(error, statements.schema)) is not None:
-            raise refusal from error
-        raise
 
 
 def _difference(mine: RecordedEvent, stored: RecordedEvent, dated: bool) -> str | None:

@@ -2,7 +2,7 @@
 
 The whole fetch is one call that runs without the interpreter lock. With psycopg's cursor, which takes the lock back for
 each socketful, a busy caller let it wait 5 ms (``sys.getswitchinterval``) dozens of times a page, and nothing was won;
-in one call it made reading a million decoded events 1.5 times as fast (bench/results/report.md).
+in one call it took reading a million decoded events from 0.43 to 0.60 of the speed of fetching them undecoded.
 """
 
 from __future__ import annotations
