@@ -21,6 +21,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from hindsight_fast import EventStore
 from hindsight_fast.embedded import EmbeddedServer
 from hindsight_fast.errors import EmbeddedServerError
 from hindsight_fast.installations import Installation, find_installations
@@ -171,6 +172,14 @@ def database(server: EmbeddedServer) -> Iterator[str]:
     yield server.conninfo_for(name)
     with psycopg.connect(server.conninfo, autocommit=True) as admin:
         admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+@pytest.fixture
+def store(database: str) -> Iterator[EventStore]:
+    """An open, empty store in the test's own database."""
+    with EventStore(database) as store:
+        store.create_schema()
+        yield store
 
 
 @pytest.fixture

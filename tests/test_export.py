@@ -32,13 +32,6 @@ from hindsight_fast.demo_events import demo_lines
 
 
 @pytest.fixture
-def store(database: str) -> Iterator[EventStore]:
-    with EventStore(database) as store:
-        store.create_schema()
-        yield store
-
-
-@pytest.fixture
 def copy(database: str) -> Iterator[EventStore]:
     """A second, empty store: another schema of the same database."""
     with EventStore(database, schema="the copy") as copy:

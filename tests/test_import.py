@@ -28,13 +28,6 @@ from hindsight_fast.import_lines import LineReader
 from hindsight_fast.importer import next_chunk_events
 
 
-@pytest.fixture
-def store(database: str) -> Iterator[EventStore]:
-    with EventStore(database) as store:
-        store.create_schema()
-        yield store
-
-
 def line(n: int, stream: str = "s") -> bytes:
     return b'{"stream":"%s","type":"t","data":{"n":%d}}' % (stream.encode(), n)
 

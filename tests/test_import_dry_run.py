@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,6 @@ import psycopg
 import pytest
 
 from hindsight_fast import EventStore, ImportFailed
-
-
-@pytest.fixture
-def store(database: str) -> Iterator[EventStore]:
-    with EventStore(database) as store:
-        store.create_schema()
-        yield store
 
 
 def line(n: int, *, stream: str = "s", **fields: Any) -> bytes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import psycopg
@@ -13,13 +12,6 @@ import pytest
 from hindsight_fast import Cursor, EventStore, ImportFailed, SchemaError
 from hindsight_fast.statements import Statements
 from initial_imports import Background, Connection, Paused, lines, state_of, stop_at, tables_of, wait_until
-
-
-@pytest.fixture
-def store(database: str) -> Iterator[EventStore]:
-    with EventStore(database) as store:
-        store.create_schema()
-        yield store
 
 
 def following(store: EventStore, stop: threading.Event, seen: list[Any]) -> None:

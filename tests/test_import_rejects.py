@@ -19,13 +19,6 @@ from hindsight_fast.import_rejects import RejectFile
 
 
 @pytest.fixture
-def store(database: str) -> Iterator[EventStore]:
-    with EventStore(database) as store:
-        store.create_schema()
-        yield store
-
-
-@pytest.fixture
 def aside(tmp_path: Path) -> Path:
     """Where bad lines go."""
     return tmp_path / "bad.ndjson"

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,6 @@ from hypothesis import strategies as st
 
 from hindsight_fast import Cursor, EventStore, ImportFailed, ImportProgress, RecordedEvent
 from hindsight_fast.import_writer import ChunkWriter
-
-
-@pytest.fixture
-def store(database: str) -> Iterator[EventStore]:
-    with EventStore(database) as store:
-        store.create_schema()
-        yield store
 
 
 def id_of(n: int) -> str:

@@ -29,13 +29,6 @@ def line(n: int, stream: str = "s", name: str = "placed", cause: uuid.UUID | Non
     return json.dumps(fields).encode()
 
 
-@pytest.fixture
-def store(database: str) -> Iterator[EventStore]:
-    with EventStore(database) as store:
-        store.create_schema()
-        yield store
-
-
 def numbers(events: Iterator[RecordedEvent]) -> list[int]:
     return [event.payload["n"] for event in events]
 

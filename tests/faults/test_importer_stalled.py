@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 
 import psycopg
 import pytest
@@ -49,13 +48,6 @@ with EventStore(sys.argv[1]) as store:
     report = store.import_events(lines, import_id="stalled", chunk_size=5000)
 print(report.events)
 """
-
-
-@pytest.fixture
-def store(database: str) -> Iterator[EventStore]:
-    with EventStore(database) as store:
-        store.create_schema()
-        yield store
 
 
 def start_importer(database: str, place: str) -> subprocess.Popen[str]:
