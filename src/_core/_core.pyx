@@ -41,6 +41,8 @@ __all__ = [
     "decode_result",
     "decode_row",
     "export_lines",
+    "group_parameters",
+    "int_array",
 ]
 
 c_datetime.import_datetime()
@@ -48,6 +50,7 @@ c_datetime.import_datetime()
 include "cursor.pxi"
 include "wire.pxi"
 include "encode_rows.pxi"
+include "append_group.pxi"
 include "decode_rows.pxi"
 include "export_lines.pxi"
 include "line_fields.pxi"

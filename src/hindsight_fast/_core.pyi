@@ -23,6 +23,8 @@ __all__ = [
     "decode_result",
     "decode_row",
     "export_lines",
+    "group_parameters",
+    "int_array",
 ]
 
 EVENT_COLUMNS: Final[tuple[str, ...]]
@@ -153,3 +155,8 @@ def decode_result(
 ) -> list[RecordedEvent]: ...
 def export_lines(events: Iterable[RecordedEvent], block_size: int = ...) -> Generator[bytes]: ...
 def check_fields(line: bytes, data: Buffer, metadata: Buffer | None = None) -> bool: ...
+
+def group_parameters(
+    requests: list[tuple[EventRows, Sequence[tuple[bytes, int, int | None, int | None, int | None, int | None]]]],
+) -> tuple[list[bytes | None], list[int], list[int]]: ...
+def int_array(data: Buffer | None) -> list[int | None]: ...

@@ -227,21 +227,25 @@ LANGUAGE plpgsql VOLATILE AS $body$
 DECLARE
     -- Per store, not per namespace: two stores whose namespaces collide must not take each other's bound for theirs.
     setting constant text := 'hindsight_fast.bound_' || 'hindsight.transaction_no'::regclass::oid;
-    bound   bigint := nullif(current_setting(setting, true), '')::bigint;
-    number  bigint;
+    bound     text := current_setting(setting, true);
+    number    bigint;
     namespace bigint;
 BEGIN
-    IF bound IS NULL THEN
-        bound := hindsight.checked_next_number_v1();
-        -- Shared: appends do not wait for each other here. A lock, because it goes exactly when the transaction's
-        -- fate is visible to all, also when its backend is killed, and stays through a PREPARE TRANSACTION.
+    IF bound IS NULL OR bound = '' THEN
         SELECT m.lock_namespace INTO STRICT namespace FROM hindsight.store_meta AS m;
-        PERFORM pg_advisory_xact_lock_shared((namespace << 48) | bound);
+        number := hindsight.checked_next_number_v1();
+        -- Shared: appends do not wait for each other here. A lock, because it goes exactly when the transaction's
+        -- fate is visible to all, also when its backend is killed, and stays through a PREPARE TRANSACTION. Nobody
+        -- takes this key in another mode, so that to try is to have it.
+        IF NOT pg_try_advisory_xact_lock_shared((namespace << 48) | number) THEN
+            RAISE EXCEPTION 'somebody holds advisory lock % exclusively, which is an append''s to take', (namespace << 48) | number
+                USING ERRCODE = 'lock_not_available';
+        END IF;
         -- Local: goes with the transaction, or with the savepoint that also takes the lock with it.
-        PERFORM set_config(setting, bound::text, true);
+        bound := set_config(setting, number::text, true);
     END IF;
     number := nextval('hindsight.transaction_no'::regclass);
-    IF number < bound THEN
+    IF number < bound::bigint THEN
         RAISE EXCEPTION 'number % drawn below the registered bound %: the sequence was put back or has a cache', number, bound
             USING ERRCODE = 'HS002', HINT = 'ALTER SEQUENCE transaction_no CACHE 1; then call advance_sequence_v1().';
     END IF;
@@ -250,15 +254,19 @@ END
 $body$;
 
 
--- Refuse the append at its end if the store is not what the writer took it for. A statement of its own, after all
--- locks: its snapshot shows what was committed while this append waited.
-CREATE OR REPLACE FUNCTION hindsight.check_writable_v1(writer_layout integer, writer_generation bigint) RETURNS void
+-- Refuse the append if the store is not what the writer took it for. A statement of its own, after all locks: its
+-- snapshot shows what was committed while this append waited. Always true.
+CREATE OR REPLACE FUNCTION hindsight.check_writable_v1(writer_layout integer, writer_generation bigint) RETURNS boolean
 LANGUAGE plpgsql VOLATILE AS $body$
 DECLARE
-    meta hindsight.store_meta%ROWTYPE;
-    here record;
+    meta record;
 BEGIN
-    SELECT * INTO STRICT meta FROM hindsight.store_meta;
+    -- One statement for all: this runs in every append.
+    SELECT m.state, m.oldest_writing_layout, m.generation,
+        m.system_identifier = (pg_control_system()).system_identifier
+            -- The timeline being written now. The control file's own lags until the checkpoint after a promotion.
+            AND m.timeline = ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::integer AS same_server
+    INTO STRICT meta FROM hindsight.store_meta AS m;
     IF meta.state <> 'open' THEN
         RAISE EXCEPTION 'the store accepts no appends: %', meta.state USING ERRCODE = 'HS011';
     END IF;
@@ -270,13 +278,17 @@ BEGIN
         RAISE EXCEPTION 'the store has generation %, the writer was opened under %', meta.generation, writer_generation
             USING ERRCODE = 'HS012', HINT = 'Open the store again.';
     END IF;
-    SELECT * INTO here FROM hindsight.server_identity_v1();
-    IF here.system_identifier <> meta.system_identifier OR here.timeline <> meta.timeline THEN
+    IF NOT meta.same_server THEN
         RAISE EXCEPTION 'this is another server, or another timeline, than the one that drew the last numbers'
             USING ERRCODE = 'HS001', HINT = 'Call advance_sequence_v1() once, then append again.';
     END IF;
+    RETURN true;
 END
 $body$;
+
+
+-- How a group of appends goes in one call; psql reads it from beside this file.
+\ir append.sql
 
 
 -- What an append by COPY does before its first row: lock, register, draw. The rows then carry what it returns.
@@ -285,15 +297,9 @@ CREATE OR REPLACE FUNCTION hindsight.begin_copy_v1(
     OUT transaction_no bigint, OUT head_versions bigint[], OUT started_at timestamptz
 )
 LANGUAGE plpgsql VOLATILE AS $body$
+DECLARE
+    begun boolean := hindsight.begin_append_v1('', '');
 BEGIN
-    IF current_setting('transaction_isolation') NOT IN ('read committed', 'read uncommitted') THEN
-        RAISE EXCEPTION 'appends run under READ COMMITTED, not %', upper(current_setting('transaction_isolation'))
-            USING ERRCODE = 'HS004';
-    END IF;
-    IF current_setting('synchronous_commit') = 'off' THEN
-        -- An acknowledged event is on disk.
-        PERFORM set_config('synchronous_commit', 'on', true);
-    END IF;
     head_versions := hindsight.advance_heads_v1(stream_ids, event_counts);
     transaction_no := hindsight.draw_number_v1();
     started_at := clock_timestamp();
