@@ -20,7 +20,9 @@ LAYERS = [
     {"statements", "results", "import_lines", "demo_events", "accounts"},
     {"events", "reading", "read_ahead", "import_chunks", "server_guard"},
     {"begin_copy"},
-    {"event_registry", "appending"},
+    {"event_registry", "append_request"},
+    {"append_call", "group_commit"},
+    {"appending"},
     {"golden"},
     {"testing"},
     {"import_rejects"},
@@ -37,8 +39,17 @@ LAYERS = [
     {"cli"},
 ]
 # The only modules that may talk to a server or start one.
-SHELLS = {"store", "begin_copy", "appending", "read_ahead", "import_writer", "import_dry_run", "import_jobs"}
-SHELLS |= {"import_build", "import_initial", "importer", "installations", "accounts", "server_guard", "embedded"}
+SHELLS = {"store", "begin_copy", "append_call", "appending", "read_ahead", "import_writer", "import_dry_run"}
+SHELLS |= {
+    "import_jobs",
+    "import_build",
+    "import_initial",
+    "importer",
+    "installations",
+    "accounts",
+    "server_guard",
+    "embedded",
+}
 SHELLS |= {"status", "demo", "cli_common", "cli_import", "cli_read", "cli_schema", "cli"}
 IO_MODULES = {"psycopg_pool", "subprocess", "socket", "select"}
 

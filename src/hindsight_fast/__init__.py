@@ -2,12 +2,14 @@
 
 from ._core import Cursor, RecordedEvent
 from .errors import (
+    AppendOutcomeUnknown,
     ConcurrencyConflict,
     EmbeddedServerError,
     EventDefinitionError,
     EventEncodeError,
     EventParseError,
     HindsightError,
+    IdempotencyConflict,
     ImportFailed,
     MalformedRow,
     SchemaError,
@@ -18,13 +20,23 @@ from .exporter import ExportProgress
 from .importer import ImportProgress, ImportReport
 from .store import EventStore
 from .streams import STREAM_NAMESPACE, stream_uuid
-from .writes import ANY, NO_STREAM, STREAM_EXISTS, AppendResult, VersionMismatch
+from .writes import (
+    ANY,
+    NO_STREAM,
+    STREAM_EXISTS,
+    AppendResult,
+    StreamHistory,
+    StreamWrite,
+    Transaction,
+    VersionMismatch,
+)
 
 __all__ = [
     "ANY",
     "NO_STREAM",
     "STREAM_EXISTS",
     "STREAM_NAMESPACE",
+    "AppendOutcomeUnknown",
     "AppendResult",
     "ConcurrencyConflict",
     "Cursor",
@@ -36,6 +48,7 @@ __all__ = [
     "EventType",
     "ExportProgress",
     "HindsightError",
+    "IdempotencyConflict",
     "ImportFailed",
     "ImportProgress",
     "ImportReport",
@@ -44,6 +57,9 @@ __all__ = [
     "RecordedEvent",
     "SchemaError",
     "StoreClosed",
+    "StreamHistory",
+    "StreamWrite",
+    "Transaction",
     "VersionMismatch",
     "stream_uuid",
 ]

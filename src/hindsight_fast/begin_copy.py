@@ -53,7 +53,13 @@ class _BigintArrayDumper(Dumper):
 
 def begin_copy(connection: psycopg.Connection[Any], statements: Statements, rows: EventRows) -> Begun:
     """Lock and advance the heads of the rows' streams, register, and draw a number. Raises as ``execute`` does."""
-    stream_ids, event_counts = rows.stream_arrays()
+    return begin_copy_of(connection, statements, *rows.stream_arrays())
+
+
+def begin_copy_of(
+    connection: psycopg.Connection[Any], statements: Statements, stream_ids: bytes, event_counts: bytes
+) -> Begun:
+    """The same for streams in byte order, a binary ``uuid[]``, that take so many events each, a ``bigint[]``."""
     parameters = (UuidArray(stream_ids), BigintArray(event_counts))
     result = execute(connection, statements, statements.begin_copy, parameters).pgresult
     assert result is not None

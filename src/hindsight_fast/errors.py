@@ -5,6 +5,8 @@
     ├── EventEncodeError         a payload would not come back as it is
     ├── EventParseError          stored bytes cannot be read as the event they claim to be
     ├── ConcurrencyConflict      streams are not as an append expected them to be
+    ├── IdempotencyConflict      ids of events are known already, but not for these events in these places
+    ├── AppendOutcomeUnknown     the connection was lost under an append, and nobody could say what became of it
     ├── MalformedRow             bytes that are no event row (also a ValueError)
     ├── SchemaError              tables missing, newer than this code, or in a state that forbids the call
     ├── ImportFailed             an import stopped; all before the reported line's chunk is stored, nothing after it
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from ._core import Cursor, RecordedEvent
-    from .writes import VersionMismatch
+    from .writes import StreamWrite, VersionMismatch
 
 
 class HindsightError(Exception):
@@ -158,6 +160,32 @@ class ConcurrencyConflict(HindsightError):
         )
         super().__init__(found)
         self.mismatches = tuple(mismatches)
+
+
+class IdempotencyConflict(HindsightError):
+    """Some ids of an append are known, and it is no repetition of the one that wrote them; nothing was written.
+
+    ``event_ids`` are the known ones, ``reason`` says in what the appends differ.
+    """
+
+    def __init__(self, reason: str, event_ids: Sequence[UUID]) -> None:
+        shown = ", ".join(map(str, event_ids[:3])) + (f" and {len(event_ids) - 3} more" if len(event_ids) > 3 else "")
+        super().__init__(f"events are known under the ids {shown}: {reason}")
+        self.reason = reason
+        self.event_ids = tuple(event_ids)
+
+
+class AppendOutcomeUnknown(HindsightError):
+    """The connection was lost while an append was under way, and within the store's timeout nobody could be asked.
+
+    Append ``writes`` again as they are, by ``transact``: their events carry ids, so that what was written is not
+    written twice.
+    """
+
+    def __init__(self, message: str, writes: Sequence[StreamWrite], correlation_id: UUID | None = None) -> None:
+        super().__init__(message)
+        self.writes = tuple(writes)
+        self.correlation_id = correlation_id
 
 
 class ImportFailed(HindsightError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, is_typeddict
 from uuid import UUID
@@ -74,6 +74,14 @@ class NewEvent:
         except Lossy as lossy:
             path = "metadata" + lossy.path[1:]
             raise EventEncodeError(lossy.reason, name=self.name, version=self.version, path=path) from lossy.__cause__
+
+    def with_id(self, event_id: UUID) -> NewEvent:
+        """Return the same event under this id."""
+        made = object.__new__(NewEvent)
+        for each in fields(self):
+            made._set(each.name, getattr(self, each.name))
+        made._set("event_id", event_id)
+        return made
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

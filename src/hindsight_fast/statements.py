@@ -151,6 +151,26 @@ BEGIN_COPY: Final = """
     SELECT c.transaction_no, c.head_versions, c.started_at FROM {schema}.begin_copy_v1(%s::uuid[], %s::bigint[]) AS c
 """
 
+# A group of appends: 24 parameters, whose types the function gives.
+APPEND: Final = "SELECT {schema}.append_v1({parameters})"
+APPEND_PARAMETERS: Final = 24
+
+BEGIN_APPEND: Final = "SELECT {schema}.begin_append_v1(%s::text, %s::text)"
+COUNT_KNOWN: Final = "SELECT count(*) FROM {schema}.events AS e WHERE e.event_id = ANY(%s::uuid[])"
+
+# Streams that were only looked at.
+DROP_EMPTY_HEADS: Final = """
+    DELETE FROM {schema}.stream_heads AS h WHERE h.stream_id = ANY(%s::uuid[]) AND h.stream_version < 0
+"""
+
+# What an append was sent by, whose connection was lost: ended, so that it cannot be carried out after it was taken for
+# lost. At worst that number is another session's of this role by now, which then asks in turn what became of its own.
+END_APPEND: Final = """
+    SELECT pg_terminate_backend(a.pid, 5000) FROM pg_stat_activity AS a
+    WHERE a.pid = %s::integer AND a.usename = current_user AND a.datname = current_database() AND a.state <> 'idle'
+        AND a.pid <> pg_backend_pid()
+"""
+
 COPY_EVENTS: Final = "COPY {schema}.events ({columns}) FROM STDIN (FORMAT BINARY)"
 
 # A chunk that waits for a lock holds others: it gives up soon, and is sent again. The second setting ends an importer
@@ -338,6 +358,13 @@ class Statements:
         self.store_meta = self._compose(STORE_META)
         self.advance_sequence = self._compose(ADVANCE_SEQUENCE)
         self.begin_copy = self._compose(BEGIN_COPY)
+        self.begin_append = self._compose(BEGIN_APPEND)
+        self.append = numbered(
+            self._compose(APPEND, parameters=sql.SQL(", ").join([sql.SQL("%s")] * APPEND_PARAMETERS))
+        )
+        self.end_append = self._compose(END_APPEND)
+        self.count_known = self._compose(COUNT_KNOWN)
+        self.drop_empty_heads = self._compose(DROP_EMPTY_HEADS)
         # The one that goes without parameters.
         self.copy_events = (
             sql.SQL(COPY_EVENTS)

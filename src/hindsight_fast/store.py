@@ -17,9 +17,10 @@ from psycopg.rows import tuple_row
 from psycopg_pool import ConnectionPool
 
 from ._core import Cursor, RecordedEvent
-from .appending import append_to_stream
+from .append_request import AppendRequest
+from .appending import Appender
 from .connecting import check_encodings, connection_conninfo, find_conninfo, shown_conninfo
-from .errors import SchemaError, StoreClosed
+from .errors import ConcurrencyConflict, SchemaError, StoreClosed
 from .event_registry import EventRegistry
 from .events import EventType
 from .export_target import ExportTarget
@@ -44,7 +45,7 @@ from .reading import (
 )
 from .schema import LAYOUT, StoreMeta, check_layout, check_schema_name, refusal_of, schema_sql
 from .statements import FOUND_TABLE, SESSION_SETTINGS, Statements
-from .writes import AppendResult, Expected, check_expected
+from .writes import NO_STREAM, AppendResult, Expected, StreamHistory, StreamWrite, Transaction
 
 if TYPE_CHECKING:
     from .reading import Request
@@ -61,8 +62,9 @@ class EventStore:
     *conninfo* is a libpq connection string or URL; empty, the environment names the server (``HINDSIGHT_DATABASE_URL``,
     ``DATABASE_URL``, libpq's ``PG*``). *event_types* say what the payloads of events are, by their names; an event of
     another name reads as plain JSON. *pool* is used instead of one of the store's own and never closed. *timeout* is
-    how many seconds to wait for a free connection. Open it with ``with``, or by ``open()`` and ``close()``; threads
-    may share it.
+    how many seconds to wait for a free connection, and for locks that others hold. With *group_commit* appends that
+    threads make at the same time share transactions; each has its own result all the same. Open it with ``with``, or by
+    ``open()`` and ``close()``; threads may share it.
     """
 
     def __init__(
@@ -74,11 +76,11 @@ class EventStore:
         pool: ConnectionPool[Any] | None = None,
         pool_size: int = 10,
         timeout: float = 30.0,
+        group_commit: bool = True,
     ) -> None:
         check_count(pool_size, "pool_size", least=1)
         self.schema = check_schema_name(schema)
         self._registry = EventRegistry(event_types)
-        self._generation: int | None = None  # under which this store appends; found out when it first does
         self._statements = Statements(schema)
         self._pool_size = pool_size
         self._timeout = timeout
@@ -90,6 +92,13 @@ class EventStore:
             self.conninfo = pool.conninfo if isinstance(pool.conninfo, str) else ""
         self._most_connections = pool_size if pool is None else pool.max_size
         self._open = False
+        self._appender = Appender(
+            self._connection,
+            lambda connection: self._prepare_to_write(connection).generation,
+            self._statements,
+            timeout_s=timeout,
+            group_commit=group_commit,
+        )
 
     def __repr__(self) -> str:
         return f"<EventStore {self.schema!r} at {shown_conninfo(self.conninfo) or 'the environment'}>"
@@ -179,23 +188,76 @@ class EventStore:
         *,
         expected: Expected,
         correlation_id: UUID | None = None,
+        connection: Connection | None = None,
     ) -> AppendResult:
         """Append *events*, objects of registered event types or NewEvents, to a stream: all of them or none.
 
-        *expected* is ANY, NO_STREAM, STREAM_EXISTS, the stream's exact version, or the cursor of its last event. Raises
-        ConcurrencyConflict where it is otherwise; TypeError, ValueError or EventEncodeError, before anything is sent,
-        for what cannot be appended.
+        *expected* is ANY, NO_STREAM, STREAM_EXISTS, the stream's exact version, or the cursor of its last event. With
+        *connection*, a psycopg connection of the caller's, all happens within its transaction, and commit and rollback
+        stay the caller's. The rest is as for ``transact``.
         """
-        check_stream_id(stream_id)
-        check_expected(expected)
-        check_correlation_id(correlation_id)
-        given = [self._registry.new_event(event) for event in events]
-        with self._connection() as connection:
-            if self._generation is None:
-                self._generation = self._prepare_to_write(connection).generation
-            return append_to_stream(
-                connection, self._statements, self._generation, stream_id, given, expected, correlation_id
-            )
+        write = StreamWrite(check_stream_id(stream_id), events, expected)  # type: ignore[arg-type]
+        return self._append((write,), correlation_id, connection)
+
+    def transact(
+        self,
+        writes: Transaction | Iterable[StreamWrite],
+        *,
+        correlation_id: UUID | None = None,
+        connection: Connection | None = None,
+    ) -> AppendResult:
+        """Append *writes*, one for each stream, together: all of them or none.
+
+        Their events stand in the log one behind the other, in the order in which they are listed. A write without
+        events has its expectation checked and does nothing else. Event ids are drawn unless given; events whose ids are
+        known already are not appended again: the same append gives its first result once more, as ``duplicate``.
+
+        Raises ConcurrencyConflict, which tells of all streams that are not as expected; IdempotencyConflict for ids
+        that are known from another append; AppendOutcomeUnknown if the connection was lost and nobody could be asked in
+        time what became of it; and before anything is sent TypeError, ValueError or EventEncodeError for what cannot be
+        appended. Nothing is written then, but for AppendOutcomeUnknown, where that is not known.
+        """
+        given = writes.writes if isinstance(writes, Transaction) else Transaction(writes).writes
+        return self._append(given, correlation_id, connection)
+
+    def update_stream(
+        self,
+        stream_id: UUID,
+        decide: Callable[[Sequence[RecordedEvent]], Iterable[Any]],
+        *,
+        attempts: int = 5,
+        correlation_id: UUID | None = None,
+    ) -> AppendResult:
+        """Load a stream, have ``decide(events)`` say which events follow, and append those if nobody came in between.
+
+        If somebody did, all is done again, *attempts* times at most; then the last ConcurrencyConflict is raised.
+        ``decide`` may be called several times, so it should do nothing but decide.
+        """
+        check_count(attempts, "attempts", least=1)
+        for attempt in range(attempts):
+            history = self.load_stream(stream_id)
+            try:
+                return self.append(
+                    stream_id, decide(history.events), expected=history.expected, correlation_id=correlation_id
+                )
+            except ConcurrencyConflict:
+                if attempt == attempts - 1:
+                    raise
+        raise AssertionError  # the last attempt returns or raises
+
+    def load_stream(self, stream_id: UUID) -> StreamHistory:
+        """Return all events of a stream, its version, and what to expect when appending to it: for aggregates."""
+        events = tuple(self.read_stream(stream_id))
+        version = events[-1].stream_version if events else None
+        return StreamHistory(events, version, NO_STREAM if version is None else version)
+
+    def _append(
+        self, writes: Sequence[StreamWrite], correlation_id: UUID | None, connection: Connection | None
+    ) -> AppendResult:
+        request = AppendRequest(writes, self._registry.new_event, check_correlation_id(correlation_id))
+        if connection is None:
+            return self._appender.append(request)
+        return self._appender.append_on(connection, request)
 
     # Reading
 

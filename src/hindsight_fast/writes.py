@@ -1,4 +1,4 @@
-"""What an append is made of: expected versions, what it answers, and ids for its events."""
+"""What an append is made of: writes and their expected versions, transactions of them, and what it answers."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import enum
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
 from ._core import Cursor
+
+if TYPE_CHECKING:
+    from ._core import RecordedEvent
 
 
 class ExpectedVersion(enum.Enum):
@@ -31,6 +34,8 @@ STREAM_EXISTS: Final = ExpectedVersion.STREAM_EXISTS
 
 Expected = ExpectedVersion | int | Cursor
 
+MAX_STREAM_VERSION: Final = 2**63 - 1
+
 
 @dataclass(frozen=True, slots=True)
 class VersionMismatch:
@@ -40,6 +45,83 @@ class VersionMismatch:
     expected: Expected
     actual_version: int | None
     actual_cursor: Cursor | None
+
+
+@dataclass(frozen=True, slots=True)
+class StreamWrite:
+    """Events for one stream, and what the stream is expected to be before them.
+
+    *events* are objects of registered event types or NewEvents; none: the expectation is checked and nothing written.
+    """
+
+    stream_id: UUID
+    events: Sequence[Any]
+    expected: Expected
+
+    def __post_init__(self) -> None:
+        # Gone through here, once: what is written must not depend on when a generator runs.
+        object.__setattr__(self, "events", tuple(self.events))
+        if not isinstance(self.stream_id, UUID):
+            raise TypeError(f"stream_id must be a UUID, not {type(self.stream_id).__name__}")
+        check_expected(self.expected)
+
+
+class Transaction:
+    """Writes that are appended together, all or none; one for each stream.
+
+    They add up: ``t1 + t2`` has the streams of both, in order, those of t1 first; where both write to one stream their
+    events are joined and t1's expectation stands. ``Transaction()`` is the zero. Raises ValueError for a stream listed
+    twice: only addition merges.
+    """
+
+    __slots__ = ("writes",)
+
+    writes: tuple[StreamWrite, ...]
+
+    def __init__(self, writes: Iterable[StreamWrite] = ()) -> None:
+        self.writes = tuple(writes)
+        streams: set[UUID] = set()
+        for write in self.writes:
+            if not isinstance(write, StreamWrite):
+                raise TypeError(f"a Transaction is made of StreamWrites, not {type(write).__name__}")
+            if write.stream_id in streams:
+                raise ValueError(f"stream {write.stream_id} is listed twice; Transactions that are added are merged")
+            streams.add(write.stream_id)
+
+    def __add__(self, other: Transaction) -> Transaction:
+        if not isinstance(other, Transaction):
+            return NotImplemented
+        merged = {write.stream_id: write for write in self.writes}
+        for write in other.writes:
+            mine = merged.get(write.stream_id)
+            if mine is not None:
+                write = StreamWrite(mine.stream_id, (*mine.events, *write.events), mine.expected)
+            merged[write.stream_id] = write
+        return Transaction(merged.values())
+
+    def __iter__(self) -> Iterator[StreamWrite]:
+        return iter(self.writes)
+
+    def __len__(self) -> int:
+        return len(self.writes)
+
+    def __eq__(self, other: object) -> bool:
+        return self.writes == other.writes if isinstance(other, Transaction) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.writes)
+
+    def __repr__(self) -> str:
+        return f"Transaction({list(self.writes)!r})"
+
+
+@dataclass(frozen=True, slots=True)
+class StreamHistory:
+    """All events of a stream as they stood when it was read, its version, and what to expect when appending to it."""
+
+    events: Sequence[RecordedEvent]
+    version: int | None
+    expected: Expected
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +151,8 @@ def check_expected(expected: Expected) -> Expected:
         raise ValueError(
             f"a stream's version counts from 0: {expected} is none; NO_STREAM means a stream without events"
         )
+    if expected > MAX_STREAM_VERSION:
+        raise ValueError(f"no stream's version exceeds {MAX_STREAM_VERSION}: {expected}")
     return expected
 
 
