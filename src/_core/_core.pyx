@@ -43,6 +43,7 @@ __all__ = [
     "export_lines",
     "group_parameters",
     "int_array",
+    "row_values",
 ]
 
 c_datetime.import_datetime()

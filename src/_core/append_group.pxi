@@ -115,6 +115,37 @@ cdef const unsigned char *take_value(Source *row, Py_ssize_t *length) except NUL
     return take(row, max(length[0], 0))
 
 
+def row_values(EventRows rows not None, Py_ssize_t index):
+    """Return what a row holds of its event, each value in binary form, None for NULL.
+
+    ``[event_id, correlation_id, created_at, event_name, event_version, payload, metadata]``; the time is None where the
+    server's is taken. Raises IndexError.
+    """
+    cdef Py_ssize_t start = 0, size = 0, length = 0
+    cdef const unsigned char *fixed
+    cdef const unsigned char *value
+    cdef RowMark *mark
+    cdef Source rest
+    cdef list values = []
+    rows.find_row(index, &start, &size)
+    mark = <RowMark *>rows.marks.place(index * <Py_ssize_t>sizeof(RowMark), sizeof(RowMark))
+    fixed = rows.rows.place(start, size)
+    rest.at, rest.end = fixed + FIXED_SIZE, fixed + size
+    for _ in range(4):
+        value = take_value(&rest, &length)
+        values.append(None if length < 0 else PyBytes_FromStringAndSize(<const char *>value, length))
+    correlation_id, event_name, payload, metadata = values
+    return [
+        PyBytes_FromStringAndSize(<const char *>fixed + AT_EVENT_ID, 16),
+        correlation_id,
+        None if mark.undated else PyBytes_FromStringAndSize(<const char *>fixed + AT_CREATED_AT, 8),
+        event_name,
+        PyBytes_FromStringAndSize(<const char *>fixed + AT_EVENT_VERSION, 4),
+        payload,
+        metadata,
+    ]
+
+
 def group_parameters(list requests not None):
     """Return ``(parameters, write_streams, write_offsets)`` of a group of appends, as ``append_v1`` takes them.
 

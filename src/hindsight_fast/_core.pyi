@@ -25,6 +25,7 @@ __all__ = [
     "export_lines",
     "group_parameters",
     "int_array",
+    "row_values",
 ]
 
 EVENT_COLUMNS: Final[tuple[str, ...]]
@@ -159,3 +160,4 @@ def group_parameters(
     requests: list[tuple[EventRows, Sequence[tuple[bytes, int, int | None, int | None, int | None, int | None]]]],
 ) -> tuple[list[bytes | None], list[int], list[int]]: ...
 def int_array(data: Buffer | None) -> list[int | None]: ...
+def row_values(rows: EventRows, index: int) -> list[bytes | None]: ...

@@ -199,3 +199,46 @@ BEGIN
     RETURN number || head_versions || outcomes || found_versions || mismatches;
 END
 $body$;
+
+
+-- The same for what is asked most often: one request of one event, without a look-up or a cursor. Three statements
+-- instead of seven over arrays; it answers as append_v1 does.
+CREATE OR REPLACE FUNCTION hindsight.append_one_v1(
+    writer_layout integer, writer_generation bigint, patience text, most_idle text,
+    stream uuid, least_version bigint, most_version bigint,
+    id uuid, correlation uuid, given_time timestamptz, name text, version integer, data json, more json
+) RETURNS bigint[]
+LANGUAGE plpgsql VOLATILE
+SET enable_seqscan = off SET jit = off AS $body$
+DECLARE
+    done    boolean := hindsight.begin_append_v1(patience, most_idle);
+    head    bigint;
+    number  bigint;
+    last    record;
+BEGIN
+    LOCK TABLE hindsight.append_gate IN ROW EXCLUSIVE MODE;
+    INSERT INTO hindsight.stream_heads AS h (stream_id, stream_version) VALUES (stream, 0)
+    ON CONFLICT (stream_id) DO UPDATE SET stream_version = h.stream_version + 1
+    RETURNING h.stream_version INTO head;
+    IF head - 1 BETWEEN least_version AND most_version THEN
+        number := hindsight.draw_number_v1();
+        INSERT INTO hindsight.events (
+            transaction_no, sequence_no, event_id, stream_id, stream_version, correlation_id, created_at, event_name,
+            event_version, payload, metadata
+        ) VALUES (
+            number, 0, id, stream, head, correlation, coalesce(given_time, clock_timestamp()), name, version, data, more
+        );
+        done := hindsight.check_writable_v1(writer_layout, writer_generation);
+        RETURN ARRAY[number, head];
+    END IF;
+    IF head = 0 THEN
+        DELETE FROM hindsight.stream_heads AS h WHERE h.stream_id = stream;
+    ELSE
+        UPDATE hindsight.stream_heads AS h SET stream_version = head - 1 WHERE h.stream_id = stream;
+    END IF;
+    SELECT e.transaction_no, e.sequence_no INTO last FROM hindsight.events AS e
+    WHERE e.stream_id = stream AND e.stream_version = head - 1;
+    done := hindsight.check_writable_v1(writer_layout, writer_generation);
+    RETURN ARRAY[-1, head, 1, head - 1, 1, coalesce(last.transaction_no, -1), coalesce(last.sequence_no, -1)];
+END
+$body$;

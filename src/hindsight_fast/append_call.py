@@ -10,7 +10,7 @@ import struct
 import time
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any, Final
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import psycopg
 from psycopg import IsolationLevel, errors
@@ -35,8 +35,10 @@ class AppendCall:
 
     def __init__(self, statements: Statements) -> None:
         self._statements = statements
-        self._name = b"hindsight_fast append " + statements.quoted_schema.encode()
-        self._prepared: WeakSet[Any] = WeakSet()
+        schema = statements.quoted_schema.encode()
+        self._many = (b"hindsight_fast append " + schema, statements.append)
+        self._one = (b"hindsight_fast append one " + schema, statements.append_one)
+        self._prepared: WeakKeyDictionary[Any, set[bytes]] = WeakKeyDictionary()
 
     def run(
         self,
@@ -55,24 +57,31 @@ class AppendCall:
         or, where the connection is lost, nobody knows.
         """
         pgconn = connection.pgconn
-        parameters = [
-            LAYOUT.to_bytes(4, "big"), _LONG(generation), patience.encode(), most_idle.encode(),
-            b"\1" if group.look_up else b"\0", *group.parameters,
-        ]  # fmt: skip
+        name, statement = self._one if group.is_one_event else self._many
+        parameters: list[bytes | None] = [
+            LAYOUT.to_bytes(4, "big"),
+            _LONG(generation),
+            patience.encode(),
+            most_idle.encode(),
+        ]
+        if not group.is_one_event:
+            parameters.append(b"\1" if group.look_up else b"\0")
+        parameters += group.parameters
         formats = [Format.BINARY] * len(parameters)
+        prepared = self._prepared.setdefault(connection, set())
         try:
             if not prepare:
-                pgconn.send_query_params(self._statements.append, parameters, None, formats, Format.BINARY)
+                pgconn.send_query_params(statement, parameters, None, formats, Format.BINARY)
             else:
-                if connection not in self._prepared:
-                    pgconn.send_prepare(self._name, self._statements.append)
+                if name not in prepared:
+                    pgconn.send_prepare(name, statement)
                     yield from self._results(pgconn)
-                    self._prepared.add(connection)
-                pgconn.send_query_prepared(self._name, parameters, formats, Format.BINARY)
+                    prepared.add(name)
+                pgconn.send_query_prepared(name, parameters, formats, Format.BINARY)
             (result,) = yield from self._results(pgconn)
         except errors.InvalidSqlStatementName:
             # Forgotten: DISCARD ALL, or a pooler that gave another session.
-            self._prepared.discard(connection)
+            prepared.clear()
             raise
         answer = result.get_value(0, 0)
         assert answer is not None

@@ -5,12 +5,13 @@ A request is settled by itself, however many share a transaction with it.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 from uuid import UUID
 
-from ._core import Cursor, EventRows, RecordedEvent, group_parameters, int_array
+from ._core import Cursor, EventRows, RecordedEvent, group_parameters, int_array, row_values
 from .errors import AppendOutcomeUnknown, ConcurrencyConflict, IdempotencyConflict
 from .events import NewEvent
 from .writes import (
@@ -29,6 +30,7 @@ MOST_EVENTS: Final = 1_000_000
 
 ACCEPTED, MISMATCHED, KNOWN = 0, 1, 2
 ARRAY_HEADER_BYTES: Final = 20
+_LONG: Final = struct.Struct("!q").pack
 
 _BOUNDS: Final[dict[Expected, tuple[int | None, int | None, None, None]]] = {
     ExpectedVersion.ANY: (None, None, None, None),
@@ -90,6 +92,11 @@ class AppendRequest:
         if self.look_up and len(set(self.event_ids)) < len(self.event_ids):
             twice = next(each for each in self.event_ids if self.event_ids.count(each) > 1)
             raise ValueError(f"the event id {twice} stands twice in one append")
+
+    @property
+    def is_one_event(self) -> bool:
+        """Whether it is one event, sent for the first time under an id of our own, and no cursor is expected."""
+        return len(self.events) == len(self.writes) == 1 and not self.look_up and self.targets[0][4] is None
 
     @property
     def byte_count(self) -> int:
@@ -194,13 +201,22 @@ Outcome = AppendResult | ConcurrencyConflict | KnownIds
 class Group:
     """Requests that go in one call: its parameters, and what its answer says of each."""
 
-    def __init__(self, requests: Sequence[AppendRequest]) -> None:
+    def __init__(self, requests: Sequence[AppendRequest], *, lean: bool = True) -> None:
         self.requests = requests
         self.look_up = any(request.look_up for request in requests)
         self.parameters: list[bytes | None]
-        self.parameters, self._write_streams, self._write_offsets = group_parameters(
-            [(request.rows, request.targets) for request in requests]
-        )
+        self.is_one_event = lean and len(requests) == 1 and requests[0].is_one_event
+        """Whether ``append_one_v1`` takes it."""
+        if self.is_one_event:
+            (request,) = requests
+            ((stream_id, _, least, most, _, _),) = request.targets
+            bounds = (-1, MAX_STREAM_VERSION) if least is None or most is None else (least, most)
+            self.parameters = [stream_id, *map(_LONG, bounds), *row_values(request.rows, 0)]
+            self._write_streams, self._write_offsets = [0], [1]
+        else:
+            self.parameters, self._write_streams, self._write_offsets = group_parameters(
+                [(request.rows, request.targets) for request in requests]
+            )
 
     @property
     def streams(self) -> tuple[bytes, bytes]:

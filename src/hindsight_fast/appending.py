@@ -189,7 +189,7 @@ def append_by_copy(
         rows = ask(statements.event_cursor, stream_id, version)
         return version, Cursor(*rows[0]) if rows else None
 
-    group = Group([request])
+    group = Group([request], lean=False)
     try:
         with connection.transaction():
             ask(statements.begin_append, patience, most_idle)

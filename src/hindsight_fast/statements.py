@@ -154,6 +154,8 @@ BEGIN_COPY: Final = """
 # A group of appends: 24 parameters, whose types the function gives.
 APPEND: Final = "SELECT {schema}.append_v1({parameters})"
 APPEND_PARAMETERS: Final = 24
+APPEND_ONE: Final = "SELECT {schema}.append_one_v1({parameters})"
+APPEND_ONE_PARAMETERS: Final = 14
 
 BEGIN_APPEND: Final = "SELECT {schema}.begin_append_v1(%s::text, %s::text)"
 COUNT_KNOWN: Final = "SELECT count(*) FROM {schema}.events AS e WHERE e.event_id = ANY(%s::uuid[])"
@@ -359,9 +361,8 @@ class Statements:
         self.advance_sequence = self._compose(ADVANCE_SEQUENCE)
         self.begin_copy = self._compose(BEGIN_COPY)
         self.begin_append = self._compose(BEGIN_APPEND)
-        self.append = numbered(
-            self._compose(APPEND, parameters=sql.SQL(", ").join([sql.SQL("%s")] * APPEND_PARAMETERS))
-        )
+        self.append = self._call(APPEND, APPEND_PARAMETERS)
+        self.append_one = self._call(APPEND_ONE, APPEND_ONE_PARAMETERS)
         self.end_append = self._compose(END_APPEND)
         self.count_known = self._compose(COUNT_KNOWN)
         self.drop_empty_heads = self._compose(DROP_EMPTY_HEADS)
@@ -426,6 +427,10 @@ class Statements:
             limit=sql.Literal(limit),
             direction=sql.SQL("DESC" if backwards else "ASC"),
         )
+
+    def _call(self, text: LiteralString, parameters: int) -> bytes:
+        """A call as libpq takes it."""
+        return numbered(self._compose(text, parameters=sql.SQL(", ").join([sql.SQL("%s")] * parameters)))
 
     def _all(self, conditions: list[LiteralString]) -> sql.Composed:
         return sql.SQL(" AND ").join(sql.SQL(condition).format(schema=self._schema) for condition in conditions)
