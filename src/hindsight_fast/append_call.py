@@ -9,6 +9,8 @@ import random
 import struct
 import time
 from collections.abc import Generator, Sequence
+from contextlib import suppress
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -57,9 +59,8 @@ class AppendCall:
 
     def __init__(self, statements: Statements) -> None:
         self._schema = statements.schema
-        name = statements.quoted_schema.encode()
-        self._many = (b"hindsight_fast append " + name, statements.append)
-        self._one = (b"hindsight_fast append one " + name, statements.append_one)
+        self._many = _named(statements.append)
+        self._one = _named(statements.append_one)
         self._begin_append = numbered(statements.begin_append)
         self._begin_copy = numbered(statements.begin_copy)
         self._copy_events = statements.copy_events
@@ -124,7 +125,9 @@ class AppendCall:
             try:
                 if name not in prepared:
                     pgconn.send_prepare(name, statement)
-                    yield from self._results(pgconn)
+                    # Known to the session already, if another store shares this pool.
+                    with suppress(errors.DuplicatePreparedStatement):
+                        yield from self._results(pgconn)
                     prepared.add(name)
                 pgconn.send_query_prepared(name, parameters, [Format.BINARY] * len(parameters), Format.BINARY)
                 (result,) = yield from self._results(pgconn)
@@ -227,6 +230,11 @@ class AppendCall:
                 refusal = refusal_of(error, self._schema)
                 raise refusal or error from (error if refusal else None)
         return results
+
+
+def _named(statement: bytes) -> tuple[bytes, bytes]:
+    """A statement under a name that no other statement has."""
+    return b"hindsight_fast " + sha256(statement).hexdigest()[:32].encode(), statement
 
 
 def check_lent(connection: Any, kind: type[Any]) -> None:
