@@ -17,6 +17,7 @@ __all__ = [
     "Cursor",
     "EventBatch",
     "EventRows",
+    "LineEncoder",
     "RecordedEvent",
     "ResultReader",
     "check_fields",
@@ -153,3 +154,10 @@ def decode_result(
 ) -> list[RecordedEvent]: ...
 def export_lines(events: Iterable[RecordedEvent], block_size: int = ...) -> Generator[bytes]: ...
 def check_fields(line: bytes, data: Buffer, metadata: Buffer | None = None) -> bool: ...
+
+@final
+class LineEncoder:
+    def __init__(self, stream_ids: dict[str, bytes], find_stream: Callable[[str], bytes], first_id: bytes) -> None: ...
+    def encode(
+        self, block: bytes, start: int, line_count: int, line_no: int, offset: int, shards: Iterable[EventRows]
+    ) -> tuple[int, int, list[tuple[bytes, bytes]]]: ...
