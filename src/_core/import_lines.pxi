@@ -440,17 +440,21 @@ cdef class LineEncoder:
         self.id_high = <uint64_t>read_int64(<const unsigned char *>PyBytes_AS_STRING(first_id))
         self.id_low = <uint64_t>read_int64(<const unsigned char *>PyBytes_AS_STRING(first_id) + 8)
 
-    def encode(self, bytes block not None, Py_ssize_t start, Py_ssize_t line_count, int64_t line_no, int64_t offset, shards):
+    def encode(
+        self, const unsigned char[::1] block not None, Py_ssize_t start, Py_ssize_t line_count, int64_t line_no,
+        int64_t offset, shards,
+    ):
         """Add up to *line_count* lines of *block* to the rows of their shards, the one at *start* first.
 
         That line has the number *line_no*, and the first byte of *block* lies at *offset* in its source. Stops in front
         of a line that is not plainly right, which says nothing against it. Returns how many lines it passed, blank ones
         included, where in the block the next one begins, and for each of *shards* (EventRows) the line numbers and the
         offsets of its new rows, as bytes of int64 in the machine's order.
-        Raises ValueError for a *start* or *offset* outside of what there can be, TypeError for other shards.
+        Raises ValueError for a *start* or *offset* outside of what there can be, and TypeError for anything else than
+        rows, before a line is added.
         """
-        cdef const unsigned char *first = <const unsigned char *>PyBytes_AS_STRING(block)
-        cdef const unsigned char *end = first + PyBytes_GET_SIZE(block)
+        cdef const unsigned char *first
+        cdef const unsigned char *end
         cdef const unsigned char *at
         cdef const unsigned char *line_end
         cdef ScannedLine line
@@ -458,7 +462,7 @@ cdef class LineEncoder:
         cdef Py_ssize_t passed = 0, shard = 0, shard_count
         cdef list targets, line_nos, offsets
         cdef bytes stream_id
-        if not 0 <= start <= PyBytes_GET_SIZE(block):
+        if not 0 <= start <= block.shape[0]:
             raise ValueError("start lies outside the block")
         if not 0 <= offset <= 1 << 62:
             raise ValueError("offset is out of range")
@@ -470,6 +474,8 @@ cdef class LineEncoder:
         line_nos = [Sink() for _ in range(shard_count)]
         offsets = [Sink() for _ in range(shard_count)]
         write_int64(derived_id, <int64_t>self.id_high)
+        first = &block[0] if block.shape[0] else derived_id  # an empty block stands nowhere
+        end = first + block.shape[0]
         at = first + start
         while passed < line_count and at < end and 0 <= line_no <= MAX_LINE_NO:
             line_end = <const unsigned char *>memchr(at, c"\n", end - at)

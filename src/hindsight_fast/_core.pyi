@@ -159,5 +159,5 @@ def check_fields(line: bytes, data: Buffer, metadata: Buffer | None = None) -> b
 class LineEncoder:
     def __init__(self, stream_ids: dict[str, bytes], find_stream: Callable[[str], bytes], first_id: bytes) -> None: ...
     def encode(
-        self, block: bytes, start: int, line_count: int, line_no: int, offset: int, shards: Iterable[EventRows]
+        self, block: Buffer, start: int, line_count: int, line_no: int, offset: int, shards: Iterable[EventRows]
     ) -> tuple[int, int, list[tuple[bytes, bytes]]]: ...

@@ -66,11 +66,11 @@ class LineReader:
     def add_plain(
         self, block: bytes, start: int, line_count: int, line_no: int, offset: int, shards: Sequence[EventRows]
     ) -> tuple[int, int, list[tuple[bytes, bytes]]]:
-        """Add lines of *block*, the one at *start* first, up to the first that is not plainly right: that is for ``add``.
+        """Add up to *line_count* lines of *block*, the one at *start* first, and stop at one that is not plainly right.
 
-        At most *line_count*. The first one has the number *line_no*, the block begins at *offset* in its source. Returns
-        how many lines were passed, blank ones included, where the next one begins, and of each shard the line numbers
-        and the offsets of its new rows, as bytes of an ``array("q")``.
+        That one is for ``add``. The first line has the number *line_no*, the block begins at *offset* in its source.
+        Returns how many lines were passed, blank ones included, where the next one begins, and of each shard the line
+        numbers and the offsets of its new rows, as bytes of an ``array("q")``.
         """
         return self._encoder.encode(block, start, line_count, line_no, offset, shards)
 
