@@ -6,6 +6,7 @@ LineReader.add is compared with its plain twin in test_import_lines; here it is 
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -241,8 +242,12 @@ CHARACTERS = [
         for first in range(0xC0, 0xF8)
         for second in (0x7F, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC0)
     ),
-    *(bytes([first, 0x80, last]) for first in (0xE0, 0xE1, 0xED, 0xEF, 0xF1) for last in (0x7F, 0x80, 0xBF, 0xC0)),
-    *(bytes([first, 0x9F, last]) for first in (0xE0, 0xED, 0xF4) for last in (0x80, 0xBF)),
+    *(
+        bytes([first, second, last])
+        for first in (0xE0, 0xE1, 0xED, 0xEE, 0xEF)
+        for second in (0x7F, 0x80, 0x9F, 0xA0, 0xBF, 0xC0)
+        for last in (0x7F, 0x80, 0xBF, 0xC0)
+    ),
     *(
         bytes([first, second, third, last])
         for first in (0xF0, 0xF1, 0xF4, 0xF5)
@@ -298,6 +303,12 @@ def test_enough_of_the_lines_that_are_thought_of_are_taken_and_enough_are_left()
     assert min(outcomes[0], outcomes[1]) > 30
 
 
+def test_numbers_of_all_kinds() -> None:
+    numbers = ["".join(parts).encode() for size in range(1, 6) for parts in itertools.product("-+01.e", repeat=size)]
+    assert_same_line_by_line([PLAIN.replace(b"{}", b'{"a":%s}' % number) for number in numbers])
+    assert_same_line_by_line([PLAIN[:-1] + b',"version":%s}' % number for number in numbers])
+
+
 @given(st.binary(max_size=300))
 @example(PLAIN[:-1])
 def test_noise_is_left_alone(noise: bytes) -> None:
@@ -347,6 +358,11 @@ LEFT = {
     "unknown": PLAIN[:-1] + b',"extra":{}}',
     "too deep": PLAIN.replace(b"{}", nested(MAX_NESTING + 1)),
     "no JSON": b"hello",
+    # Strict JSON, whatever LineReader.add lets pass to the server.
+    **{
+        f"number {number!r}": PLAIN.replace(b"{}", b'{"a":%s}' % number)
+        for number in (b"01", b"-01", b"00", b"1.", b".5", b"-", b"1e", b"1e+", b"+1", b"1.e5", b"NaN", b"-Infinity")
+    },
 }
 
 
