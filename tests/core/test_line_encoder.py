@@ -168,12 +168,14 @@ RIGHT: dict[str, st.SearchStrategy[str]] = {
 @st.composite
 def import_lines(draw: Any) -> bytes:
     """A line that is right, or would be but for one thing."""
-    what = draw(st.sampled_from(["right", "right", "right", "a value", "a member", "bytes"]))
+    what = draw(st.sampled_from(["right", "right", "right", "a value", "a member", "no member", "bytes"]))
     wanted = ["stream", "type", "data", *draw(st.lists(st.sampled_from(FIELD_NAMES[3:]), unique=True))]
     members = [(name, draw(RIGHT[name])) for name in draw(st.permutations(wanted))]
     if what == "a value":
         at = draw(st.integers(0, len(members) - 1))
         members[at] = (members[at][0], draw(odd_values))
+    elif what == "no member":
+        members.remove(draw(st.sampled_from(members)))
     elif what == "a member":
         members.append(draw(st.sampled_from([*members, ("extra", "1"), ("\\u0074ype", '"t"'), ("", "{}")])))
     text = draw(blanks) + "{"
@@ -356,6 +358,9 @@ LEFT = {
     "small z": PLAIN[:-1] + b',"time":"2016-12-31T23:59:59z"}',
     "twice": PLAIN[:-1] + b',"data":{}}',
     "unknown": PLAIN[:-1] + b',"extra":{}}',
+    "no stream": b'{"type":"t","data":{}}',
+    "no type": b'{"stream":"s","data":{}}',
+    "no data": b'{"stream":"s","type":"t"}',
     "too deep": PLAIN.replace(b"{}", nested(MAX_NESTING + 1)),
     "no JSON": b"hello",
     # Strict JSON, whatever LineReader.add lets pass to the server.
