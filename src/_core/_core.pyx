@@ -40,6 +40,7 @@ __all__ = [
     "RecordedEvent",
     "ResultReader",
     "check_fields",
+    "count_newlines",
     "decode_result",
     "decode_row",
     "export_lines",

@@ -21,6 +21,7 @@ __all__ = [
     "RecordedEvent",
     "ResultReader",
     "check_fields",
+    "count_newlines",
     "decode_result",
     "decode_row",
     "export_lines",
@@ -154,6 +155,7 @@ def decode_result(
 ) -> list[RecordedEvent]: ...
 def export_lines(events: Iterable[RecordedEvent], block_size: int = ...) -> Generator[bytes]: ...
 def check_fields(line: bytes, data: Buffer, metadata: Buffer | None = None) -> bool: ...
+def count_newlines(text: Buffer) -> int: ...
 
 @final
 class LineEncoder:

@@ -110,7 +110,7 @@ class ChunkMaker:
         self._digested = 0  # bytes of the block that the digest has seen
         self._block = b""
         self._block_at = 0  # where in the block the next line begins
-        self._text = b""  # the block as it is to be read
+        self._text = b""  # the same, without a byte order mark
         self._line_no = 0
         self._offset = 0
         self._ended = False

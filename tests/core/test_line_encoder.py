@@ -24,7 +24,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from hindsight_fast._core import EventRows, LineEncoder
+from hindsight_fast._core import EventRows, LineEncoder, count_newlines
 from hindsight_fast.demo_events import demo_lines
 from hindsight_fast.import_chunks import ChunkMaker
 from hindsight_fast.import_lines import LineReader
@@ -397,6 +397,14 @@ def test_it_takes_no_more_lines_than_it_may() -> None:
     assert (passed, at, len(rows)) == (3, 3 * len(PLAIN) + 3, 3)
     for count in (0, -1):
         assert LineReader("a").add_plain(block, at, count, 1, 0, [rows]) == (0, at, [(b"", b"")])
+
+
+@given(st.text(st.sampled_from("\n\n\na\0"), max_size=600))
+@example("\n" * 255)
+@example("\n" * 256)
+@example("\n" * 5000)
+def test_newlines_are_counted(text: str) -> None:
+    assert count_newlines(text.encode()) == text.count("\n")
 
 
 # --- What it is given -----------------------------------------------------------------------------------------------
