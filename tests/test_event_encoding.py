@@ -305,6 +305,107 @@ def test_a_field_that_equality_leaves_out_is_looked_at_all_the_same() -> None:
             event_type(kind(1, (2,)))
 
 
+@dataclass
+class LenientDataclass:
+    number: int
+    ratio: float | None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LenientDataclass) and self.number == other.number
+
+
+@dataclass(eq=False)
+class LenientByInheritance(LenientDataclass):
+    pass
+
+
+@dataclass
+class Plain:
+    number: int
+
+
+@dataclass(eq=False)
+class BlindToWhatItAdds(Plain):
+    ratio: float | None
+
+
+class LenientStruct(msgspec.Struct):
+    number: int
+    ratio: float | None
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+
+@attrs.define(eq=False)
+class LenientAttrs:
+    number: int
+    ratio: float | None
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+
+@attrs.define
+class LenientByKey:
+    number: int
+    ratio: float | None = attrs.field(eq=type)
+
+
+class LenientNamedTuple(NamedTuple):
+    number: int
+    ratio: float | None
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+
+LENIENT = (
+    LenientDataclass, LenientByInheritance, BlindToWhatItAdds, LenientStruct, LenientAttrs, LenientByKey,
+    LenientNamedTuple,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LENIENT)
+def test_an_equality_that_does_not_see_a_field_hides_nothing(kind: Any) -> None:
+    event_type = boxed(kind)
+    assert event_type.encode(put(event_type, kind(1, 0.5)))
+    with pytest.raises(EventEncodeError, match=r"\$.inner\[0\].value.ratio is not a finite number"):
+        event_type(put(event_type, kind(1, math.nan)))
+
+
+def test_a_child_that_calls_itself_its_parents_equal_is_refused() -> None:
+    class Child(LenientDataclass):
+        def __init__(self) -> None:
+            super().__init__(1, 0.5)
+
+    top, below = EventType("top", (LenientDataclass,)), boxed(LenientDataclass)
+    with pytest.raises(EventEncodeError, match=r"\$ is a Child, and would come back as LenientDataclass"):
+        top(Child())
+    with pytest.raises(EventEncodeError, match=r"\$.inner\[0\].value is a Child"):
+        below(put(below, Child()))
+
+
+def nested(depth: int) -> bytes:
+    return b'{"[":' + b"[" * (depth - 2) + b'{"\\"":"{[[["}' + b"]" * (depth - 2) + b"}"
+
+
+def test_nesting_ends_at_500_levels_as_in_an_import() -> None:
+    """What is nested deeper could be read only where the stack is not yet deep, and not be imported again."""
+    event_type = EventType("deep", (dict,))
+    wide = b'{"a":[' + b"[{}]," * 1000 + b"[]]}"
+    for allowed in (nested(500), wide):
+        assert NewEvent("deep", allowed).data == allowed
+        assert event_type(msgspec.json.decode(allowed)).data == allowed
+    for too_deep in (nested(501), nested(502), nested(800)):
+        with pytest.raises(EventEncodeError, match=r"\$ is nested more than 500 deep"):
+            NewEvent("deep", too_deep)
+        with pytest.raises(EventEncodeError, match=r"\$ is nested more than 500 deep"):
+            event_type(msgspec.json.decode(too_deep))
+        with pytest.raises(EventEncodeError, match="metadata is nested more than 500 deep"):
+            NewEvent("deep", {}, metadata=msgspec.json.decode(too_deep))
+
+
 def test_classes_without_equality_are_compared_by_their_fields() -> None:
     @dataclass(eq=False)
     class Unequal:

@@ -204,7 +204,7 @@ def test_a_chain_whose_result_changed_fails(pinned: Run) -> None:
 
 def test_a_chain_that_fails_now_fails(pinned: Run) -> None:
     result = pinned(changed("User(v0.name, v0.at, None)", "User(v0.nam, v0.at, None)"))
-    assert "cannot be brought to version 1 any more: an upcast raised AttributeError" in complaints(result)
+    assert "cannot be brought to version 1 any more: upcasts[0] raised AttributeError" in complaints(result)
 
 
 def test_a_chain_that_ends_with_what_cannot_be_stored_fails(pinned: Run) -> None:

@@ -207,7 +207,7 @@ def _check_stored(event_type: EventType[Any], version: int, stored: bytes, which
     try:
         again = canonical(codec.decode(stored))
     except Exception as error:  # a class's own __post_init__ may raise whatever it likes
-        reason, path = reason_and_path(error)
+        reason, path = reason_and_path(error, stored)
         place = which if path is None else f"{path} of {which}"
         raise Broken(f"{changed}: {reason} ({place}). {remedy}") from error
     before = canonical(msgspec.json.decode(stored))
