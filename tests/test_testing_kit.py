@@ -273,6 +273,22 @@ def test_what_hypothesis_cannot_think_of_is_said_with_the_way_out(run: Run) -> N
     assert "hypothesis.strategies.register_type_strategy(UserV0, ...)" in said
 
 
+def test_what_a_class_itself_refuses_is_not_drawn(run: Run) -> None:
+    events = changed(
+        "    email: str | None\n",
+        "    email: str | None\n\n"
+        "    def __post_init__(self):\n        if self.email == '': raise LookupError(self.email)\n",
+    )
+    run(events, "--hindsight-update-golden").assert_outcomes(passed=5)
+
+
+def test_a_class_that_refuses_all_that_is_drawn_is_said_with_the_way_out(run: Run) -> None:
+    events = changed("    at: datetime\n\n", "    at: datetime\n\n    def __post_init__(self):\n        1 / 0\n\n")
+    said = complaints(run(events))
+    assert "Hypothesis cannot think of payloads for version 0 of 'user registered'" in said
+    assert "hypothesis.strategies.register_type_strategy(UserV0, ...)" in said
+
+
 # --- Strategies -------------------------------------------------------------------------------------------------------
 
 

@@ -194,12 +194,11 @@ def _nodes(shape: shapes.Type, path: str, seen: set[type[Any]]) -> Iterator[tupl
 
 def _may_hide_fields(node: shapes.Type) -> bool:
     """Whether == between two objects of a class may leave out fields, by ``compare=False`` or an __eq__ of its own."""
-    if isinstance(node, shapes.StructType):
-        return node.cls.__eq__ is not msgspec.Struct.__eq__
-    if isinstance(node, shapes.NamedTupleType):
-        return node.cls.__eq__ is not tuple.__eq__
-    if not isinstance(node, shapes.DataclassType):
+    if not isinstance(node, (shapes.DataclassType, shapes.StructType, shapes.NamedTupleType)):
         return False
+    equality: object = node.cls.__eq__
+    if not isinstance(node, shapes.DataclassType):
+        return equality not in (msgspec.Struct.__eq__, tuple.__eq__)
     # One that is inherited knows nothing of the fields that were added.
     code = getattr(vars(node.cls).get("__eq__"), "__code__", None)
     if code is None:
