@@ -9,7 +9,7 @@ from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from enum import Enum, IntEnum
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
+from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
@@ -19,7 +19,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from hindsight_fast import EventEncodeError, EventType, NewEvent
+from hindsight_fast import EventEncodeError, EventParseError, EventType, NewEvent
 
 PINNED = Path(__file__).parent / "golden" / "stored_bytes.txt"
 
@@ -462,6 +462,15 @@ def test_text_that_looks_like_a_naive_time_is_text() -> None:
     event_type = boxed(dict[str, datetime | None] | str)
     for value in ("2024-05-01T12:30:00", {"2024-05-01T12:30:00": NAIVE.replace(tzinfo=UTC)}):
         assert event_type.decode(0, event_type.encode(put(event_type, value))).inner[0].value == value
+
+
+def test_a_time_that_another_program_stored_without_a_zone_is_refused_where_the_field_says_so() -> None:
+    stored = b'{"inner":[{"value":"2024-05-01T12:30:00"}]}'
+    assert boxed(datetime).decode(0, stored).inner[0].value == NAIVE
+    with pytest.raises(
+        EventParseError, match=r"Expected `datetime` with a timezone component \(at \$.inner\[0\].value"
+    ):
+        boxed(Annotated[datetime, msgspec.Meta(tz=True)]).decode(0, stored)
 
 
 # --- Stored bytes, pinned for ever ------------------------------------------------------------------------------------

@@ -373,6 +373,16 @@ def test_a_name_is_no_path(name: str, folder: str) -> None:
     assert path_of(Path("golden"), EventType(name, (dict,)), 0) == Path("golden") / folder / "0.json"
 
 
+def test_a_long_name_has_a_folder_of_its_own_that_file_systems_take(tmp_path: Path) -> None:
+    from hindsight_fast.golden import folder_of
+
+    long_names = ["ä" * 499 + last for last in "ab"]
+    folders = {folder_of(tmp_path, EventType(name, (dict,))) for name in long_names}
+    assert len(folders) == 2
+    for folder in folders:
+        folder.mkdir()
+
+
 # --- The plugin -------------------------------------------------------------------------------------------------------
 
 
