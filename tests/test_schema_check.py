@@ -9,8 +9,10 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
+import psycopg
 import pytest
 
 from command_line import run
@@ -174,6 +176,34 @@ def test_a_table_rewritten_while_it_is_counted_is_counted_anew(
     assert sum(each.events for each in check.inventory) == COUNT
     assert told.index(COUNT) > 5  # it did begin again
     assert sorted(told) != told
+
+
+@pytest.mark.parametrize("sample", [None, 5])
+def test_no_snapshot_is_held_beyond_a_page(
+    store: EventStore, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch, sample: int | None
+) -> None:
+    """One that is held keeps VACUUM from its work for as long as a check of millions takes."""
+    monkeypatch.setattr(schema_check, "FIRST_BLOCKS", 1)
+    monkeypatch.setattr(schema_check, "MOST_BLOCKS", 3)
+    monkeypatch.setattr(schema_check, "PROGRESS_S", -1.0)
+    # No page is fetched ahead: each of its statements would be under way while it is looked at.
+    monkeypatch.setattr("hindsight_fast.read_ahead.Pace.fetch_ahead", False)
+    held: list[tuple[Any, ...]] = []
+
+    def look(passed: int) -> None:
+        held.extend(
+            connection.execute(
+                "SELECT state, backend_xmin FROM pg_stat_activity WHERE datname = current_database()"
+                " AND pid <> pg_backend_pid() AND backend_type = 'client backend'"
+                " AND (backend_xmin IS NOT NULL OR state <> 'idle')"
+            )
+        )
+        looked.append(passed)
+
+    looked: list[int] = []
+    list(SchemaCheck(store, sample=sample, progress=look))
+    assert held == []
+    assert len(looked) >= 2
 
 
 def test_what_is_appended_meanwhile_is_not_counted(store: EventStore, monkeypatch: pytest.MonkeyPatch) -> None:
