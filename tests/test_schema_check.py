@@ -219,6 +219,13 @@ def test_what_is_appended_meanwhile_is_not_counted(store: EventStore, monkeypatc
     assert sum(each.events for each in check.inventory) == COUNT
 
 
+@pytest.mark.parametrize(("sample", "passed"), [(None, COUNT), (5, COUNT + 20)])
+def test_the_last_that_is_told_is_the_whole(store: EventStore, sample: int | None, passed: int) -> None:
+    told: list[int] = []
+    list(SchemaCheck(store, sample=sample, progress=told.append))
+    assert told[-1] == passed
+
+
 def test_an_empty_store_has_nothing_to_check(database: str) -> None:
     with EventStore(database) as store:
         store.create_schema()

@@ -92,6 +92,7 @@ class SchemaCheck:
             self._tell(passed)
         if self._sample is None:
             self._events.update(self._checked)
+        self._tell(passed, last=True)
 
     def _count_and_draw(self, sample: int) -> list[tuple[int, int]]:
         """Count all events; return the places of *sample* of each kind, in the order of the log."""
@@ -127,8 +128,8 @@ class SchemaCheck:
             file, block_count = store._ask(connection, TABLE_FILE, (table,)).fetchone() or (0, 0)
         return file, block_count
 
-    def _tell(self, passed: int) -> None:
-        if self._progress is not None and time.monotonic() - self._told_at >= PROGRESS_S:
+    def _tell(self, passed: int, *, last: bool = False) -> None:
+        if self._progress is not None and (last or time.monotonic() - self._told_at >= PROGRESS_S):
             self._told_at = time.monotonic()
             self._progress(passed)
 
