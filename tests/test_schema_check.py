@@ -226,6 +226,12 @@ def test_the_last_that_is_told_is_the_whole(store: EventStore, sample: int | Non
     assert told[-1] == passed
 
 
+def test_a_sample_of_none_is_refused(store: EventStore) -> None:
+    for sample, error in ((0, ValueError), (True, TypeError), (1.5, TypeError)):
+        with pytest.raises(error, match="sample"):
+            SchemaCheck(store, sample=sample)  # type: ignore[arg-type]
+
+
 def test_an_empty_store_has_nothing_to_check(database: str) -> None:
     with EventStore(database) as store:
         store.create_schema()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from ._core import Cursor
 from .errors import EventParseError
-from .reading import LogReader, PageReader, PlacesReader
+from .reading import LogReader, PageReader, PlacesReader, check_count
 from .statements import TABLE_FILE
 
 if TYPE_CHECKING:
@@ -47,14 +47,15 @@ class SchemaCheck:
     that has ended. With *sample* so many events of each name and version are decoded (all, where there are fewer),
     drawn from the whole log and the same ones each time, and the others are only counted; their places are remembered,
     at up to 200 bytes each. Sees the log up to its head as it was, page by page, and holds no snapshot beyond a page.
-    *progress* is called with a number that rises to the number of events, and by the sample's size beyond.
+    *progress* is called with a number that rises to the number of events, and by the sample's size beyond. Raises
+    TypeError or ValueError for a sample of none.
     """
 
     def __init__(
         self, store: EventStore, *, sample: int | None = None, progress: Callable[[int], object] | None = None
     ) -> None:
         self._store = store
-        self._sample = sample
+        self._sample = None if sample is None else check_count(sample, "sample", least=1)
         self._progress = progress
         self._told_at = time.monotonic()
         self._events: Counter[Kind] = Counter()
