@@ -149,10 +149,10 @@ cdef class RecordedEvent:
     @property
     def created_at(self):
         cdef int64_t moment = self.numbers.created_at
-        cdef int64_t days = moment // 86_400_000_000
-        if moment < days * 86_400_000_000:  # C division rounds towards zero
+        cdef int64_t days = moment // 86_400_000_000LL
+        if moment < days * 86_400_000_000LL:  # C division rounds towards zero
             days -= 1
-        moment -= days * 86_400_000_000
+        moment -= days * 86_400_000_000LL
         return EPOCH + c_datetime.timedelta_new(<int>days, <int>(moment // 1_000_000), <int>(moment % 1_000_000))
 
     @property
