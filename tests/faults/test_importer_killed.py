@@ -28,6 +28,7 @@ from conftest import TEST_SETTINGS, root_for_servers
 from hindsight_fast import EventStore, HindsightError
 from hindsight_fast.embedded import EmbeddedServer
 from hindsight_fast.installations import Installation
+from initial_imports import catalog
 from killed_imports import LEASH_CHUNKS, ImportProcess, Mode, Outcome, Source, Told, outcome_of, write_source
 from log_follower import SLACK_S, LogFollower, Read, missing_of
 
@@ -160,10 +161,13 @@ class Room:
     def undisturbed(self, mode: Mode) -> Course:
         if mode.name not in self._courses:
             conninfo, began_s = self.make_store(mode), time.time()
+            with psycopg.connect(conninfo, autocommit=True) as connection:
+                tables_before = catalog(connection)
             with self.process(mode, conninfo) as process:
                 assert process.wait() == 0, process.errors
             outcome = outcome_of(conninfo, mode, self.rejects(mode, conninfo), began_s)
             source = self.source(mode)
+            assert outcome.catalog == tables_before
             assert len(outcome.events) == source.event_count
             assert [line for *_, line in outcome.rejects] == list(source.bad_lines)
             self._courses[mode.name] = _course(outcome, process.told)
@@ -232,8 +236,8 @@ def check_killed(room: Room, mode: Mode, course: Course, seed: int) -> None:
     found = outcome_of(conninfo, mode, room.rejects(mode, conninfo), began_s)
     assert (difference := found.difference_from(course.outcome)) is None, f"{again}: {difference}"
     check_reader(follower, conninfo, again)
-    # What one job has committed stands below its next chunk: nothing holds a reader up. Of several jobs one may have drawn
-    # a lower number and be sending still, for as long as a chunk takes.
+    # What one job has committed stands below its next chunk: nothing holds a reader up. Of several jobs one may have
+    # drawn a lower number and be sending still, for as long as a chunk takes.
     patience_s = 0.0 if mode.jobs == 1 else max(each.longest_chunk_s for each in told) + SLACK_S
     visible = [each for each in told if each.phase == "done" or (each.phase == "lines" and not mode.is_initial)]
     assert (missing := missing_of(visible, follower.reads, patience_s)) == [], f"{again}: {missing}"
