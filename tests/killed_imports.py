@@ -80,9 +80,10 @@ with EventStore(conninfo, timeout=5.0) as store:
 
 @dataclass(frozen=True)
 class Mode:
-    """A way to import: arguments of ``import_events``, a source plain or gzip, with bad lines in it or without."""
+    """How to import so many events, arguments of ``import_events``, a source plain or gzip, with bad lines or not."""
 
     name: str
+    event_count: int
     options: Mapping[str, Any]
     compressed: bool = False
     with_bad_lines: bool = False
@@ -102,10 +103,9 @@ class Mode:
 
 @dataclass(frozen=True)
 class Source:
-    """A file of lines, *event_count* of which are good; *bad_lines* are the others, in order."""
+    """A file of lines; *bad_lines* are those that are not good, in order."""
 
     path: Path
-    event_count: int
     bad_lines: tuple[bytes, ...]
 
 
@@ -140,7 +140,7 @@ def write_source(folder: Path, event_count: int, *, compressed: bool, with_bad_l
                     )[n // 53 % 3]
                 )
                 file.write(bad[-1])
-    return Source(path, event_count, tuple(bad))
+    return Source(path, tuple(bad))
 
 
 @dataclass(frozen=True)

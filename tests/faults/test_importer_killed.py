@@ -34,15 +34,17 @@ from log_follower import SLACK_S, LogFollower, Read, missing_of
 
 SOAK_MINUTES = int(os.environ.get("HINDSIGHT_SOAK") or 0)
 IMPORTER_KILLS, SERVER_KILLS = (20, 3) if SOAK_MINUTES else (4, 1)
-EVENT_COUNT = 20_000 if SOAK_MINUTES else 6_000
+# Of an initial import more in a soak: building its indexes then takes long enough to be hit at any point.
+EVENT_COUNT, INITIAL_COUNT = (20_000, 200_000) if SOAK_MINUTES else (6_000, 6_000)
+INITIAL = {"mode": "initial", "chunk_size": INITIAL_COUNT // 50}
 
 MODES = (
-    Mode("append", {"chunk_size": 200}),
-    Mode("append with bad lines", {"chunk_size": 200}, with_bad_lines=True),
-    Mode("jobs", {"jobs": 3, "chunk_size": 100}),
-    Mode("jobs with bad lines", {"jobs": 3, "chunk_size": 100}, with_bad_lines=True, compressed=True),
-    Mode("initial", {"mode": "initial", "chunk_size": 200}),
-    Mode("initial with bad lines", {"mode": "initial", "chunk_size": 200}, with_bad_lines=True, compressed=True),
+    Mode("append", EVENT_COUNT, {"chunk_size": 200}),
+    Mode("append with bad lines", EVENT_COUNT, {"chunk_size": 200}, with_bad_lines=True),
+    Mode("jobs", EVENT_COUNT, {"jobs": 3, "chunk_size": 100}),
+    Mode("jobs with bad lines", EVENT_COUNT, {"jobs": 3, "chunk_size": 100}, with_bad_lines=True, compressed=True),
+    Mode("initial", INITIAL_COUNT, INITIAL),
+    Mode("initial with bad lines", INITIAL_COUNT, INITIAL, with_bad_lines=True, compressed=True),
 )
 every_mode = pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name.replace(" ", "-"))
 
@@ -52,7 +54,6 @@ class Course:
     """An import that nobody disturbed: what came of it, and how long its parts took."""
 
     outcome: Outcome
-    event_count: int
     opening_s: float  # until the first chunk was stored
     chunk_s: float
     build_s: float
@@ -84,7 +85,7 @@ def planned_kills(chance: random.Random, mode: Mode, course: Course) -> list[Kil
     victims: list[Literal["importer", "server"]] = ["importer"] * IMPORTER_KILLS + ["server"] * SERVER_KILLS
     chance.shuffle(victims)
     # Where a process that has come there, and stands still a few chunks on, cannot be at the end.
-    most_events = course.event_count
+    most_events = mode.event_count
     if not mode.is_initial:
         most_events -= (LEASH_CHUNKS + 2 * mode.jobs + 1) * mode.chunk_size
     build_count = max(len(victims) * 2 // 5, 1) if mode.is_initial else 0
@@ -103,7 +104,7 @@ def planned_kills(chance: random.Random, mode: Mode, course: Course) -> list[Kil
     if mode.is_initial:
         kills.append(Kill(last, "switch", 0, chance.uniform(0, 1.5 * course.switch_s), may_be_late=True))
     else:
-        nearly_all = course.event_count - mode.chunk_size
+        nearly_all = mode.event_count - mode.chunk_size
         kills.append(Kill(last, "lines", nearly_all, chance.uniform(0, course.chunk_s), may_be_late=True))
     return kills
 
@@ -114,16 +115,16 @@ class Room:
     def __init__(self, server: EmbeddedServer, folder: Path) -> None:
         self.server = server
         self._folder = folder
-        self._sources: dict[tuple[bool, bool], Source] = {}
+        self._sources: dict[tuple[int, bool, bool], Source] = {}
         self._courses: dict[str, Course] = {}
 
     def source(self, mode: Mode) -> Source:
-        kind = (mode.compressed, mode.with_bad_lines)
+        kind = (mode.event_count, mode.compressed, mode.with_bad_lines)
         if kind not in self._sources:
             folder = self._folder / "-".join(map(str, kind))
             folder.mkdir()
             self._sources[kind] = write_source(
-                folder, EVENT_COUNT, compressed=mode.compressed, with_bad_lines=mode.with_bad_lines
+                folder, mode.event_count, compressed=mode.compressed, with_bad_lines=mode.with_bad_lines
             )
         return self._sources[kind]
 
@@ -167,8 +168,8 @@ class Room:
                 assert process.wait() == 0, process.errors
             outcome = outcome_of(conninfo, mode, self.rejects(mode, conninfo), began_s)
             source = self.source(mode)
-            assert outcome.catalog == tables_before
-            assert len(outcome.events) == source.event_count
+            assert (outcome.catalog, outcome.state) == (tables_before, [("open", 0)])
+            assert len(outcome.events) == mode.event_count
             assert [line for *_, line in outcome.rejects] == list(source.bad_lines)
             self._courses[mode.name] = _course(outcome, process.told)
         return self._courses[mode.name]
@@ -182,7 +183,6 @@ def _course(outcome: Outcome, told: list[Told]) -> Course:
     build, switch = (times(phase) or [done] for phase in ("indexes", "switch"))
     return Course(
         outcome,
-        told[-1].events,
         opening_s=chunks[0] - begun,
         chunk_s=(chunks[-1] - chunks[0]) / (len(chunks) - 1),
         build_s=switch[0] - build[0],
@@ -205,8 +205,8 @@ def test_killing_importer_and_server_anywhere_changes_nothing(room: Room, mode: 
 
 
 def check_killed(room: Room, mode: Mode, course: Course, seed: int) -> None:
-    """Kill one import where *seed* leads to, and compare. What pytest shows of a failure names the seed."""
-    again = f"HINDSIGHT_KILL_SEED={seed}"
+    """Kill one import where *seed* leads to, and compare."""
+    print(f"{mode.name}: to repeat, HINDSIGHT_KILL_SEED={seed}")  # shown by pytest when something fails below
     began_s = time.time()
     conninfo = room.make_store(mode)
     told: list[Told] = []
@@ -224,34 +224,35 @@ def check_killed(room: Room, mode: Mode, course: Course, seed: int) -> None:
                     room.server.start()
             told += process.told
             is_late = kill.may_be_late and process.told[-1].phase == "done"
-            assert status == in_time or is_late, f"{again}: {kill}: ended with {status}: {process.errors}"
+            assert status == in_time or is_late, f"{kill}: ended with {status}: {process.errors}"
             if kill.victim == "server" and not is_late:
-                assert re.search(r"^psycopg\S*: ", process.errors, re.M), f"{again}: {process.errors}"
+                assert re.search(r"^psycopg\S*: ", process.errors, re.M), process.errors
             where = process.told[-1]
             landed.append(f"{'SERVER ' * (kill.victim == 'server')}{where.phase} {where.events}{' (late)' * is_late}")
         with room.process(mode, conninfo) as process:
-            assert process.wait() == 0, f"{again}: {process.errors}"
+            assert process.wait() == 0, process.errors
         told += process.told
-        follower.catch_up(course.event_count)
+        follower.finish()
     found = outcome_of(conninfo, mode, room.rejects(mode, conninfo), began_s)
-    assert (difference := found.difference_from(course.outcome)) is None, f"{again}: {difference}"
-    check_reader(follower, conninfo, again)
+    assert (difference := found.difference_from(course.outcome)) is None, difference
+    check_reader(follower, conninfo)
     # What one job has committed stands below its next chunk: nothing holds a reader up. Of several jobs one may have
     # drawn a lower number and be sending still, for as long as a chunk takes.
     patience_s = 0.0 if mode.jobs == 1 else max(each.longest_chunk_s for each in told) + SLACK_S
     visible = [each for each in told if each.phase == "done" or (each.phase == "lines" and not mode.is_initial)]
-    assert (missing := missing_of(visible, follower.reads, patience_s)) == [], f"{again}: {missing}"
+    assert (missing := missing_of(visible, follower.reads, patience_s)) == [], missing
     took_s = time.time() - began_s
-    print(f"{mode.name}, {again}, {took_s:.1f} s, {len(follower.reads)} reads beside: {', '.join(landed)}")
+    print(f"{took_s:.1f} s, {len(follower.reads)} reads beside; killed at {', '.join(landed)}")
 
 
-def check_reader(follower: LogFollower, conninfo: str, again: str) -> None:
+def check_reader(follower: LogFollower, conninfo: str) -> None:
     """What it was given is what the table holds, in that order; all but the event that was added to try the store."""
     with psycopg.connect(conninfo) as connection:
         stored = connection.execute(
             "SELECT event_id FROM hindsight.events ORDER BY transaction_no, sequence_no"
         ).fetchall()
-    assert [(event_id,) for _, event_id in follower.events] == stored[:-1], again
+    assert len(follower.events) == len(stored) - 1
+    assert [(event_id,) for _, event_id in follower.events] == stored[:-1]
 
 
 def drop_last_reject(path: Path) -> None:
