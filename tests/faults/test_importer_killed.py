@@ -2,7 +2,7 @@
 
 In every mode, at random points of its whole course, with a reader that follows the log beside it. A short form (four
 kills of the importer, one of the server) runs with the other tests; HINDSIGHT_SOAK makes it the full one, with a seed
-for every two minutes. HINDSIGHT_KILL_SEED repeats the points that a failure names.
+for every three minutes. HINDSIGHT_KILL_SEED repeats the points that a failure names.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Kill:
 def seeds() -> list[int]:
     if given := os.environ.get("HINDSIGHT_KILL_SEED"):
         return [int(given)]
-    return [random.SystemRandom().randrange(10**6) for _ in range(max(SOAK_MINUTES // 2, 1))]
+    return [random.SystemRandom().randrange(10**6) for _ in range(max(SOAK_MINUTES // 3, 1))]
 
 
 def planned_kills(chance: random.Random, mode: Mode, course: Course) -> list[Kill]:
