@@ -206,9 +206,18 @@ class ImportProcess:
 
     def wait(self) -> int:
         """Let it run to its end, and return its exit status."""
-        if self._process.stdout is not None and not self._process.stdout.closed:
-            output, self.errors = self._process.communicate()
-            self.told += [Told.parse(text) for text in output.splitlines() if text != "there"]
+        stdin, stdout, stderr = self._process.stdin, self._process.stdout, self._process.stderr
+        assert stdin is not None
+        assert stdout is not None
+        assert stderr is not None
+        if not stdin.closed:
+            stdin.close()
+            # Not communicate(), which knows nothing of what wait_until_there() has left in the buffer.
+            self.told += [Told.parse(text) for text in stdout if text != "there\n"]
+            self.errors = stderr.read()
+            stdout.close()
+            stderr.close()
+            self._process.wait()
         return self._process.returncode
 
 
