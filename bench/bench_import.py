@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from itertools import cycle, islice
+import time
+from hashlib import blake2b
+from itertools import cycle, islice, pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,7 +24,7 @@ from psycopg import sql
 from contenders import ROUNDS, Contender, compare
 from datasets import EVENTS, IMPORT_ID, DataSet
 from expected import stored_digest
-from hindsight_fast import EventStore, ImportReport
+from hindsight_fast import Cursor, EventStore, ImportReport
 from hindsight_fast._core import EVENT_COLUMNS
 from hindsight_fast.embedded import EmbeddedServer
 
@@ -301,3 +303,94 @@ def bench_import_memory(benchmark, server, demo_data):
     smallest, largest = peaks[MEMORY_EVENTS[0]], peaks[MEMORY_EVENTS[-1]]
     if largest[1] > smallest[1] * 1.5:
         pytest.fail(f"memory grows with the number of events: {peaks} kB")
+
+
+# The monotonic clock is one for all processes.
+_TELLING_IMPORTER = """
+import sys, time
+from hindsight_fast import EventStore
+
+def tell(progress):
+    print(progress.events, time.monotonic())
+
+conninfo, path, import_id, jobs = sys.argv[1:]
+with EventStore(conninfo) as store:
+    store.import_events(path, import_id=import_id, jobs=int(jobs), progress=tell)
+"""
+POLL_S = 0.02
+LAG_SLACK_S = 0.05
+"""How long a reader may take beside the time of one chunk."""
+LAG_JOBS = (1, 2)
+
+
+def bench_import_lag(benchmark, server, demo_data):
+    data = demo_data(min(EVENTS, 300_000))
+    rows = []
+
+    def measure(jobs):
+        name = f"lag_{jobs}"
+        with psycopg.connect(server.conninfo, autocommit=True) as admin:
+            admin.execute(f"CREATE DATABASE {name} TEMPLATE template0")
+            try:
+                rows.append(_lag_beside(server.conninfo_for(name), data, jobs))
+            finally:
+                admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+    def measure_all():
+        for jobs in LAG_JOBS:
+            measure(jobs)
+
+    benchmark.pedantic(measure_all, rounds=1)
+    benchmark.extra_info["figures"] = {
+        "header": ["a reader beside an import", "a chunk commits every", "the reader has it after", "reads"],
+        "rows": rows,
+        "checked": "the rows stored; that the reader was given all of them in their order; that no read lacked what "
+        "one job had told of before it began",
+        "note": f"Seconds: median (least to most). The reader polls {POLL_S * 1000:.0f} ms after its last read and "
+        "looks at every event's id. Its lag is from the importer's report of a commit to the end of the read with it.",
+    }
+
+
+def _lag_beside(conninfo: str, data: DataSet, jobs: int) -> list[str]:
+    reads: list[tuple[float, float, int]] = []  # when each began and ended, and how many events there were by then
+    seen, count, position = blake2b(), 0, Cursor.BEGINNING
+    with EventStore(conninfo) as store:
+        store.create_schema()
+        command = [sys.executable, "-c", _TELLING_IMPORTER, conninfo, str(data.path), IMPORT_ID, str(jobs)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as importer:
+            has_ended = False
+            while not has_ended:
+                # Asked before the last read, which then finds all.
+                has_ended = importer.poll() is not None
+                began_s = time.monotonic()
+                for batch in store.read_batches(after=position):
+                    for event in batch:
+                        seen.update(event.event_id.bytes)
+                    count, position = count + len(batch), batch[-1].cursor
+                reads.append((began_s, time.monotonic(), count))
+                time.sleep(POLL_S)
+            output, errors = importer.communicate()
+            if importer.returncode:
+                raise RuntimeError(errors)
+    told = [(int(events), float(at_s)) for events, at_s in map(str.split, output.splitlines())]
+    # Now and then the reader is there before the report.
+    lags = [max(next(ended_s for _, ended_s, had in reads if had >= events) - at_s, 0.0) for events, at_s in told]
+    if jobs == 1:
+        for began_s, _, had in reads:
+            assert had >= max((events for events, at_s in told if at_s < began_s), default=0), "a read lacked a chunk"
+    with psycopg.connect(conninfo) as connection, connection.cursor("ids") as ids:
+        digest = stored_digest(connection, "hindsight", **({} if jobs == 1 else {"order": "stream_id, stream_version"}))
+        assert digest == (data.digest if jobs == 1 else data.digest_by_stream), "other rows are stored than expected"
+        stored = blake2b()
+        ids.execute("SELECT event_id FROM hindsight.events ORDER BY transaction_no, sequence_no")
+        for (event_id,) in ids:
+            stored.update(event_id.bytes)
+    assert (count, seen.digest()) == (data.count, stored.digest()), "the reader was given something else"
+    gaps = [later - earlier for (_, earlier), (_, later) in pairwise(told)]
+    if median(lags) > median(gaps) * jobs + LAG_SLACK_S:
+        pytest.fail(f"jobs={jobs}: the reader has a chunk {median(lags):.3f} s after its commit")
+
+    def spread(seconds: list[float]) -> str:
+        return f"{median(seconds):.3f} ({min(seconds):.3f} to {max(seconds):.3f})"
+
+    return [f"of {data.count:,} events, jobs={jobs}", spread(gaps), spread(lags), f"{len(reads):,}"]
