@@ -1,4 +1,4 @@
-"""A synchronous call made in a worker thread on behalf of a coroutine, which it can ask things, and which can stop it."""
+"""A synchronous call made in a worker thread for a coroutine, which it can ask things, and which can stop it."""
 
 from __future__ import annotations
 
@@ -6,28 +6,30 @@ import asyncio
 import contextvars
 from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError as AskingCancelled
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 T = TypeVar("T")
+
+LOOK_S: Final = 1.0
+"""How often a worker that waits for an answer looks whether there is still a loop to give it."""
 
 
 class CallerCancelled(Exception):
     """Raised in the worker thread: who waits for its work has been cancelled."""
 
 
-async def to_the_end(work: asyncio.Future[T]) -> T:
-    """Wait until *work* is done even if cancelled meanwhile, and be cancelled only then."""
+async def until_done(work: asyncio.Future[Any]) -> None:
+    """Wait until *work* is done, well or not, even if cancelled meanwhile; be cancelled only then."""
     cancelled: asyncio.CancelledError | None = None
     while not work.done():
         try:
             await asyncio.wait([work])
         except asyncio.CancelledError as error:
             cancelled = error
+    if not work.cancelled():
+        work.exception()  # so that nobody misses it: who wants it asks for the result
     if cancelled is not None:
-        if not work.cancelled():
-            work.exception()  # has been seen: the cancellation is what the caller hears of
         raise cancelled
-    return work.result()
 
 
 class WorkerCall:
@@ -44,7 +46,12 @@ class WorkerCall:
         Cancelled, it stops the call at the next ``go_on()`` or ``ask()``, and waits until the thread is done with it.
         """
         context = contextvars.copy_context()
-        work = self._loop.run_in_executor(None, lambda: context.run(call))
+
+        def begin() -> T:
+            self.go_on()
+            return context.run(call)
+
+        work = self._loop.run_in_executor(None, begin)
         try:
             return await asyncio.shield(work)
         except asyncio.CancelledError:
@@ -52,12 +59,12 @@ class WorkerCall:
             if self._asked is not None:
                 self._asked.cancel()
             # The thread ends with CallerCancelled, or with whatever it had come to by then.
-            await asyncio.gather(to_the_end(work), return_exceptions=True)
+            await until_done(work)
             raise
 
     def go_on(self) -> None:
         """Raise CallerCancelled if the call is to stop."""
-        if self._stopping:
+        if self._stopping or self._loop.is_closed():
             raise CallerCancelled
 
     def ask(self, question: Callable[[], Coroutine[Any, Any, T]]) -> T:
@@ -72,7 +79,13 @@ class WorkerCall:
                 self._asked = None
 
         self.go_on()
-        try:
-            return asyncio.run_coroutine_threadsafe(answer(), self._loop).result()
-        except AskingCancelled:
-            raise CallerCancelled from None
+        asked = asyncio.run_coroutine_threadsafe(answer(), self._loop)
+        while True:
+            try:
+                return asked.result(timeout=LOOK_S)
+            except TimeoutError:
+                if asked.done():
+                    raise
+                self.go_on()  # a loop that was closed with us in it answers no more
+            except AskingCancelled:
+                raise CallerCancelled from None
