@@ -37,6 +37,7 @@ class DrivenStore:
             self.runner.run(self.store.close())
         finally:
             self.runner.close()
+            self.runner = None
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self.store, name)
@@ -46,14 +47,13 @@ class DrivenStore:
         def call(*arguments: Any, **options: Any) -> Any:
             begun = found(*arguments, **options)
             if inspect.iscoroutine(begun):
-                assert self.runner is not None
-                return self.runner.run(begun)
+                return asyncio.run(begun) if self.runner is None else self.runner.run(begun)
             return self._driven(begun) if inspect.isasyncgen(begun) else begun
 
         return call
 
     def _driven(self, steps: AsyncGenerator[T, None]) -> Iterator[T]:
-        assert self.runner is not None
+        run = asyncio.run if self.runner is None else self.runner.run
         count = 1
 
         async def take() -> tuple[list[T], Exception | None]:
@@ -66,7 +66,7 @@ class DrivenStore:
             return taken, None
 
         while True:
-            taken, error = self.runner.run(take())
+            taken, error = run(take())
             count = STEPS
             yield from taken
             if isinstance(error, StopAsyncIteration):

@@ -296,27 +296,24 @@ class AsyncEventStore(StoreBase):
             raise self._not_open()
         self._check_loop()
         deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
+        pool = self.pool
         while True:
-            async with self.pool.connection(deadline - time.monotonic()) as connection:
-                if server_has_gone(connection):
-                    # Not by close(), which may only hand it back: the pool makes another, and we take the next one.
-                    connection.pgconn.finish()
-                    continue
-                check_encodings(connection.info)
-                if connection.autocommit:
+            connection = await pool.getconn(deadline - time.monotonic())
+            autocommit = connection.autocommit
+            try:
+                if not server_has_gone(connection):
+                    check_encodings(connection.info)
+                    if not autocommit:
+                        await connection.set_autocommit(True)
                     yield connection
                     return
-                try:
-                    await connection.set_autocommit(True)
-                    yield connection
-                finally:
-                    # A cancellation can leave a statement under way. Such a connection is not given back: the pool
-                    # makes another, and what was raised is what the caller sees.
-                    if connection.info.transaction_status == TransactionStatus.IDLE:
-                        await connection.set_autocommit(False)
-                    else:
-                        connection.pgconn.finish()
-                return
+                # Not by close(), which may only hand it back: the pool makes another, and we take the next one.
+                connection.pgconn.finish()
+            finally:
+                # A task of its own: a cancellation that met ``pool.connection()`` while it gave a connection back lost
+                # the connection, and the pool counted it as lent for ever.
+                returned = asyncio.create_task(_give_back(pool, connection, autocommit), name="hindsight-give-back")
+                await until_done(returned)
 
     async def _talk(self, connection: AsyncConnection, talk: Talk[T]) -> T:
         """Hold a conversation to its end, and return what it came to."""
@@ -403,6 +400,15 @@ class AsyncEventStore(StoreBase):
 
     def _synchronous(self, settings: str) -> EventStore:
         return EventStore(settings, schema=self.schema, pool_size=self._most_connections, timeout=self._timeout)
+
+
+async def _give_back(pool: AsyncConnectionPool[Any], connection: AsyncConnection, autocommit: bool) -> None:
+    if connection.info.transaction_status != TransactionStatus.IDLE:
+        # A cancellation can leave a statement under way: the pool makes another connection.
+        connection.pgconn.finish()
+    elif connection.autocommit != autocommit:
+        await connection.set_autocommit(autocommit)
+    await pool.putconn(connection)
 
 
 async def _configure(connection: AsyncConnection) -> None:
