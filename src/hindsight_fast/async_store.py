@@ -31,7 +31,7 @@ from .reading import PAGE_ROWS, PageReader, Request, check_count, check_stream_i
 from .statements import SESSION_SETTINGS
 from .store import EventStore
 from .store_base import READ_AHEAD_PATIENCE_S, Answer, PageWalk, StoreBase, Talk
-from .worker_call import WorkerCall, until_done
+from .worker_call import WorkerCall, begin, until_done
 
 AsyncConnection = psycopg.AsyncConnection[Any]
 T = TypeVar("T")
@@ -312,8 +312,7 @@ class AsyncEventStore(StoreBase):
             finally:
                 # A task of its own: a cancellation that met ``pool.connection()`` while it gave a connection back lost
                 # the connection, and the pool counted it as lent for ever.
-                returned = asyncio.create_task(_give_back(pool, connection, autocommit), name="hindsight-give-back")
-                await until_done(returned)
+                await until_done(begin(_give_back(pool, connection, autocommit), name="hindsight-give-back"))
 
     async def _talk(self, connection: AsyncConnection, talk: Talk[T]) -> T:
         """Hold a conversation to its end, and return what it came to."""
@@ -363,6 +362,9 @@ class AsyncEventStore(StoreBase):
                     following = walk.following()
                     if following is not None:
                         ahead = asyncio.create_task(self._fetch_ahead(following), name="hindsight-read-ahead")
+                        # The task's first step sends the question: the server works on it even while a busy caller
+                        # does not wait. Of a caller who decodes everything that made 6 %, and without it nothing.
+                        await asyncio.sleep(0)
                     walk.give(events)
                     yield events
                     walk.come_back()
