@@ -396,13 +396,7 @@ def test_a_server_restarted_between_two_calls_costs_nobody_an_error(
         store.create_schema()
         store.import_events(lines(10), import_id="x")
         head = store.head()
-        with contextlib.ExitStack() as stack:
-            # Six idle connections, all of which will be gone.
-            if isinstance(store, EventStore):
-                for _ in range(6):
-                    stack.enter_context(store.pool.connection())
-            else:
-                fill_pool(store, 6)
+        use_connections(store, 6, "SELECT 1")  # then six are idle, and all of them will be gone
         own_server.restart()
         began = time.monotonic()
         assert store.head() == head
@@ -411,65 +405,39 @@ def test_a_server_restarted_between_two_calls_costs_nobody_an_error(
         assert time.monotonic() - began < 3
 
 
-def fill_pool(store: Any, count: int) -> None:
-    async def fill() -> None:
+def test_an_idle_connection_that_was_told_something_is_kept(store_class: type[EventStore], database: str) -> None:
+    with store_class(database, pool_size=1) as store, psycopg.connect(database, autocommit=True) as admin:
+        store.create_schema()
+        use_connections(store, 1, "LISTEN news")
+        (listener,) = backends(admin)
+        admin.execute("NOTIFY news, 'x'")
+        for _ in range(3):
+            assert store.head() is None
+        assert backends(admin) == [listener]
+
+
+def use_connections(store: Any, count: int, statement: str) -> None:
+    """Have *count* connections at once, of either kind of store, run a statement on each, and give them back."""
+    if isinstance(store, EventStore):
+        with contextlib.ExitStack() as stack:
+            for _ in range(count):
+                stack.enter_context(store.pool.connection()).execute(statement)
+        return
+
+    async def use() -> None:
         async with contextlib.AsyncExitStack() as stack:
             for _ in range(count):
-                await stack.enter_async_context(store.pool.connection())
+                await (await stack.enter_async_context(store.pool.connection())).execute(statement)
 
-    store.runner.run(fill())
-
-
-@pytest.mark.parametrize("what", ["a reloaded setting", "a notification"])
-def test_an_idle_connection_that_was_told_something_is_kept(
-    store_class: type[EventStore], database: str, what: str
-) -> None:
-    with store_class(database, pool_size=1) as store:
-        store.create_schema()
-        with psycopg.connect(database, autocommit=True) as admin:
-
-            def pids() -> list[int]:
-                query = (
-                    "SELECT pid FROM pg_stat_activity WHERE datname = current_database()"
-                    " AND backend_type = 'client backend' AND pid <> pg_backend_pid()"
-                )
-                return [pid for (pid,) in admin.execute(query)]
-
-            assert store.head() is None
-            before = pids()
-            assert len(before) == 1
-            if what == "a notification":
-                with psycopg_listening(store):
-                    pass
-                admin.execute("NOTIFY news, 'x'")
-                admin.execute("SELECT 1")
-            else:
-                admin.execute("ALTER SYSTEM SET TimeZone = 'Asia/Tokyo'")
-                admin.execute("SELECT pg_reload_conf()")
-            try:
-                for _ in range(5):
-                    time.sleep(0.02)
-                    assert store.head() is None
-                assert pids() == before
-            finally:
-                if what != "a notification":
-                    admin.execute("ALTER SYSTEM RESET TimeZone")
-                    admin.execute("SELECT pg_reload_conf()")
+    store.runner.run(use())
 
 
-@contextlib.contextmanager
-def psycopg_listening(store: Any) -> Iterator[None]:
-    if isinstance(store, EventStore):
-        with store.pool.connection() as connection:
-            connection.execute("LISTEN news")
-    else:
-
-        async def listen() -> None:
-            async with store.pool.connection() as connection:
-                await connection.execute("LISTEN news")
-
-        store.runner.run(listen())
-    yield
+def backends(admin: psycopg.Connection[Any]) -> list[int]:
+    rows = admin.execute(
+        "SELECT pid FROM pg_stat_activity WHERE datname = current_database()"
+        " AND backend_type = 'client backend' AND pid <> pg_backend_pid()"
+    )
+    return [pid for (pid,) in rows]
 
 
 # Imports and exports, in a thread

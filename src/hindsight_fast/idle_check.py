@@ -26,7 +26,7 @@ def server_has_gone(connection: psycopg.Connection[Any] | psycopg.AsyncConnectio
             # The end of a connection stays readable in the kernel, whatever libpq or TLS have buffered before it.
             if not idle_socket.poll(0):
                 return False
-            # It may be news: of a setting that was reloaded, or a notification. libpq keeps those; the end raises.
+            # It may be a notification that the caller listens for: libpq keeps it. The end raises.
             pgconn.consume_input()
             pgconn.is_busy()
     except (psycopg.Error, OSError, ValueError):
