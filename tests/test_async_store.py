@@ -26,6 +26,7 @@ from hindsight_fast import (
     ImportProgress,
     StoreClosed,
     read_ahead,
+    reading,
     stream_uuid,
 )
 from hindsight_fast.async_store import READ_AHEAD_PATIENCE_S
@@ -297,6 +298,27 @@ def test_a_read_that_is_left_leaves_no_task_and_no_connection_out(filled: str, a
             await until(lambda: all_are_back(store))
         await check_whole(store, 2)
         await store.close()
+
+    run(main)
+
+
+def test_closing_a_read_of_single_events_closes_its_pages_at_once(
+    filled: str, always_ahead: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "FIRST_PAGE_ROWS", 10)
+
+    async def main() -> None:
+        async with AsyncEventStore(filled, pool_size=1) as store:
+            async with contextlib.aclosing(store.read()) as events:
+                seen = [(await anext(events)).payload["n"]]
+                await until(lambda: not own_tasks())
+                with Locked(filled) as locked:
+                    seen += [(await anext(events)).payload["n"] for _ in range(10)]
+                    await until(lambda: len(locked.waiting()) == 1)
+                    await events.aclose()
+                    assert own_tasks() == []
+            assert seen == list(range(11))
+            await check_whole(store, 1)
 
     run(main)
 
