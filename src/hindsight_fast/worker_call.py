@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextvars
 import sys
 from collections.abc import Callable, Coroutine
-from concurrent.futures import CancelledError as AskingCancelled
 from typing import Any, Final, TypeVar
 
 T = TypeVar("T")
@@ -58,11 +58,11 @@ class WorkerCall:
         """
         context = contextvars.copy_context()
 
-        def begin() -> T:
+        def start() -> T:
             self.go_on()
             return context.run(call)
 
-        work = self._loop.run_in_executor(None, begin)
+        work = self._loop.run_in_executor(None, start)
         try:
             return await asyncio.shield(work)
         except asyncio.CancelledError:
@@ -91,12 +91,10 @@ class WorkerCall:
 
         self.go_on()
         asked = asyncio.run_coroutine_threadsafe(answer(), self._loop)
-        while True:
-            try:
-                return asked.result(timeout=LOOK_S)
-            except TimeoutError:
-                if asked.done():
-                    raise
-                self.go_on()  # a loop that was closed with us in it answers no more
-            except AskingCancelled:
-                raise CallerCancelled from None
+        while not concurrent.futures.wait([asked], LOOK_S).done:
+            if self._loop.is_closed():
+                raise CallerCancelled
+        try:
+            return asked.result()
+        except concurrent.futures.CancelledError:
+            raise CallerCancelled from None
