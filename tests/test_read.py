@@ -158,6 +158,7 @@ def test_an_undecodable_payload_names_its_event(store: EventStore) -> None:
     for _ in range(2):  # and says so every time, not only at first
         with pytest.raises(EventParseError, match="out of range") as caught:
             bad.payload  # noqa: B018
+        assert (caught.value.reason, caught.value.path) == ("Number out of range", "$[...]")
     assert (caught.value.cursor, caught.value.event_id, caught.value.name) == (bad.cursor, bad.event_id, "t")
 
 

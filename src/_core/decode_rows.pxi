@@ -182,7 +182,8 @@ cdef class RecordedEvent:
         try:
             return decode_json(stored)
         except (MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise EventParseError.of(self, f"{what}{error}") from error
+            reason, _, path = str(error).partition(" - at `")
+            raise EventParseError.of(self, what + reason, path.rstrip("`") or None) from error
 
     def __eq__(self, other):
         """Equal as stored: the same place, ids, time, name and bytes."""
