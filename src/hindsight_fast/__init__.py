@@ -1,6 +1,7 @@
 """A fast, trustworthy event store for Python on PostgreSQL."""
 
 from ._core import Cursor, RecordedEvent
+from .async_store import AsyncEventStore
 from .errors import (
     ConcurrencyConflict,
     EmbeddedServerError,
@@ -26,6 +27,7 @@ __all__ = [
     "STREAM_EXISTS",
     "STREAM_NAMESPACE",
     "AppendResult",
+    "AsyncEventStore",
     "ConcurrencyConflict",
     "Cursor",
     "EmbeddedServerError",
