@@ -1,4 +1,4 @@
-"""The plain model of an event store: lists and dicts, one append after the other. The oracle of everything that appends.
+"""The plain model of an event store: lists and dicts, one append after the other. The oracle of all that appends.
 
 Beside it stand plans: appends as Hypothesis draws them, small and without any id, that a test makes real once it knows
 what its log holds.
@@ -224,8 +224,8 @@ class EventPlan:
 
 @dataclass(frozen=True)
 class WritePlan:
-    """*expected*: a named expectation; an exact version, or ``("version", d)``, d off the right one; ``("cursor", n)``, of
-    the stream's last event but n, ``("elsewhere", _)``, of the log's last event, ``("nowhere", _)``, of none."""
+    """*expected*: a named expectation; an exact version, or ``("version", d)``, d off the right one; ``("cursor", n)``,
+    of the stream's last event but n, ``("elsewhere", _)``, of the log's last event, ``("nowhere", _)``, of none."""
 
     stream: int
     events: tuple[EventPlan, ...]
