@@ -14,6 +14,7 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 from uuid import UUID
 
 from .append_request import AppendRequest, Outcome
+from .errors import WaitTimeout
 
 LANES: Final = 2
 """Groups on their way at the same time: while one is being flushed the next is worked on."""
@@ -61,21 +62,20 @@ class GroupQueue(Generic[E]):
 
     def add(self, entry: E) -> list[E] | None:
         """Take *entry* in. Returns the group that is to leave now, if a lane is free; otherwise it waits."""
+        self.enqueue(entry)
+        return self.depart()
+
+    def enqueue(self, entry: E) -> None:
+        """Take *entry* in, to wait."""
         self._waiting.append(entry)
-        return self._leave(self._leaders) if len(self._leaders) < self._lanes else None
 
-    def arrived(self, leader: E) -> list[E] | None:
-        """The group of *leader* has arrived. Returns the one that takes its lane, None if nobody waits.
+    def depart(self) -> list[E] | None:
+        """Return a group that is to leave now; None if no lane is free, or nobody waits."""
+        return self._leave(self._leaders) if self._waiting and len(self._leaders) < self._lanes else None
 
-        Harmless to repeat.
-        """
-        if leader not in self._leaders:
-            return None
-        others = self._leaders - {leader}
-        if self._waiting:
-            return self._leave(others)
-        self._leaders = others
-        return None
+    def arrived(self, leader: E) -> None:
+        """The group of *leader* has arrived. Harmless to repeat."""
+        self._leaders -= {leader}
 
     def withdraw(self, entry: E) -> bool:
         """Take a waiting *entry* out. False if it has left already."""
@@ -146,13 +146,13 @@ class GroupCommit:
     def submit(self, request: AppendRequest, timeout_s: float) -> Outcome | None:
         """Have *request* carried out with others'. None: it was not, or nobody knows, and it is to be tried alone.
 
-        Raises TimeoutError if so many wait that there is no room for it in time.
+        Raises WaitTimeout if so many wait that there is no room for it in time.
         """
         me = _Waiter(request)
         try:
             with self._lock:
                 if self._queue.full and not self._room.wait_for(lambda: not self._queue.full, timeout_s):
-                    raise TimeoutError(f"{len(self._queue)} appends wait, and there was no room for {timeout_s:g} s")
+                    raise WaitTimeout(f"{len(self._queue)} appends wait, and there was no room for {timeout_s:g} s")
                 me.group = self._queue.add(me)
             while me.group is None and not me.awake.acquire(timeout=LOOK_ROUND_S):
                 if self._is_forgotten(me):
@@ -179,7 +179,8 @@ class GroupCommit:
     def _end(self, leader: _Waiter) -> None:
         """Give the lane to who waits."""
         with self._lock:
-            following = self._queue.arrived(leader)
+            self._queue.arrived(leader)
+            following = self._queue.depart()
             if following:
                 following[0].group = following
                 following[0].awake.release()
