@@ -44,7 +44,7 @@ from hindsight_fast import (
     StreamWrite,
 )
 from hindsight_fast.append_call import AppendCall
-from hindsight_fast.append_request import AppendRequest, Group, KnownIds, Outcome
+from hindsight_fast.append_request import AppendRequest, KnownIds, Outcome
 from hindsight_fast.statements import Statements
 
 SOAK = bool(os.environ.get("HINDSIGHT_SOAK"))
@@ -64,7 +64,7 @@ class Groups:
         self.outcomes: Counter[type] = Counter()
 
     def send(self, requests: Sequence[AppendRequest], **bounds: Any) -> list[Outcome]:
-        return self.connection.wait(self.call.run(self.connection, Group(requests), 0, **bounds))
+        return self.connection.wait(self.call.group(self.connection, requests, 0, **bounds))
 
 
 @pytest.fixture
