@@ -146,14 +146,15 @@ def row_values(EventRows rows not None, Py_ssize_t index):
     ]
 
 
-def group_parameters(list requests not None):
+def group_parameters(list requests not None, bint with_events=True):
     """Return ``(parameters, write_streams, write_offsets)`` of a group of appends, as ``append_v1`` takes them.
 
     *requests* are pairs of EventRows and the request's writes: ``(stream_id, event_count, least_version, most_version,
     transaction_no, sequence_no)`` with a stream only once; the streams that take events in the order in which the rows
-    have them, and as many as the rows have: ValueError otherwise. The bounds are None in every write or where anything is expected; the cursor is None but where one is.
-    *parameters* are 19 arrays in binary form, None for those that would hold nothing but NULLs. The other two, by
-    write: its stream, counted from 0 in byte order, and how far below the advanced head it finds it.
+    have them, and as many as the rows have: ValueError otherwise. The bounds are None in every write or where anything
+    is expected; the cursor is None but where one is. *parameters* are 19 arrays in binary form, None for those that would
+    hold nothing but NULLs; those of the events are empty without *with_events*. The other two, by write: its stream,
+    counted from 0 in byte order, and how far below the advanced head it finds it.
     """
     cdef dict totals = {}, numbers = {}, taken = {}
     cdef Sink stream_ids = new_array(UUID_OID), event_counts = new_array(INT8_OID)
@@ -162,7 +163,7 @@ def group_parameters(list requests not None):
     cdef Sink least = new_array(INT8_OID), most = new_array(INT8_OID)
     cdef Sink numbers_expected = new_array(INT8_OID), places_expected = new_array(INT4_OID)
     cdef EventColumns events = EventColumns()
-    cdef list stream_of_write = [], offset_of_write = [], with_events
+    cdef list stream_of_write = [], offset_of_write = [], writes_with_events
     cdef EventRows rows
     cdef bytes stream_id
     cdef bint bounded = False, at_cursor = False
@@ -184,7 +185,7 @@ def group_parameters(list requests not None):
         if rows is None:
             raise TypeError("a request has EventRows, not None")
         request_no += 1
-        with_events = []
+        writes_with_events = []
         for stream_id, count, least_version, most_version, transaction_no, sequence_no in writes:
             write_no += 1
             # What the offsets are made of must be what the rows hold: a version would come twice, or never.
@@ -192,10 +193,10 @@ def group_parameters(list requests not None):
             if stream is None:
                 if count != 0:
                     raise ValueError(f"{count} events are announced for a stream of which there are no rows")
-            elif stream != len(with_events) or count != rows.count_of(stream)[0]:
+            elif stream != len(writes_with_events) or count != rows.count_of(stream)[0]:
                 raise ValueError("the rows belong to other streams than the writes, or to these in another order")
             else:
-                with_events.append(write_no)
+                writes_with_events.append(write_no)
             number = numbers[stream_id]
             offset = totals[stream_id] - taken.get(stream_id, 0)
             taken[stream_id] = totals[stream_id] - offset + count
@@ -220,9 +221,10 @@ def group_parameters(list requests not None):
                 add_int8(numbers_expected, transaction_no)
                 place = sequence_no
                 add_int4(places_expected, place)
-        if len(with_events) != len(rows.streams):
+        if len(writes_with_events) != len(rows.streams):
             raise ValueError("the rows belong to more streams than the writes")
-        events.add_rows(rows, with_events)
+        if with_events:
+            events.add_rows(rows, writes_with_events)
     return (
         [
             finished(stream_ids), finished(event_counts), finished(write_requests), finished(write_streams),

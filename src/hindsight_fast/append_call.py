@@ -51,7 +51,7 @@ Talk = Generator[Wait, Ready | int, T]
 _INT: Final = struct.Struct("!i").pack
 _LONG: Final = struct.Struct("!q").pack
 _GOOD: Final = frozenset({ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK, ExecStatus.COPY_IN})
-_SERVER_CHANGED: Final = frozenset({"HS001", "HS002"})
+_STORE_CHANGED: Final = frozenset({"HS001", "HS002", "HS012"})
 
 
 class AppendCall:
@@ -161,7 +161,7 @@ class AppendCall:
     def _copy(
         self, pgconn: PGconn, request: AppendRequest, generation: int, patience: str, most_idle: str
     ) -> Talk[Outcome]:
-        group = Group([request], lean=False)
+        group = Group([request], for_copy=True)
         yield from self._ask(pgconn, self._begin_append, [patience.encode(), most_idle.encode()])
         begun = begun_of((yield from self._ask(pgconn, self._begin_copy, list(group.streams))))
         if request.look_up:
@@ -280,7 +280,7 @@ class Attempts:
         self._count = 0
         self._left = {"advance": 1, "prepare": 3, "ids": 3}
         self.advance_sequence = False
-        """Whether the sequence has to be moved on before the next attempt."""
+        """Whether the next attempt asks first what the store is by now, and moves its sequence on if need be."""
 
     @property
     def _late(self) -> bool:
@@ -302,7 +302,9 @@ class Attempts:
             return self._once_more("ids", error)
         if isinstance(error, errors.InvalidSqlStatementName):
             return self._once_more("prepare", error)
-        if isinstance(error.__cause__, psycopg.Error) and error.__cause__.sqlstate in _SERVER_CHANGED:
+        # A changed generation too: an import that has filled the store, or one that was given up, is no reason to open
+        # every store again.
+        if isinstance(error.__cause__, psycopg.Error) and error.__cause__.sqlstate in _STORE_CHANGED:
             self.advance_sequence = True
             return self._once_more("advance", error)
         raise error
