@@ -346,7 +346,7 @@ right_expectations = st.sampled_from([ANY, ANY, NO_STREAM, STREAM_EXISTS, ("vers
 other_expectations = st.sampled_from(
     [
         0, 1, 2, 2**63 - 1, ("version", 1), ("version", -1), ("cursor", 1), ("elsewhere", 0), ("nowhere", 0),
-        Cursor.BEGINNING, Cursor(2**40, 0),
+        Cursor.BEGINNING, Cursor(2**40, 0), Cursor(2**63 - 1, 2**31 - 1),
     ]
 )  # fmt: skip
 write_plans = st.builds(

@@ -17,12 +17,14 @@ from psycopg_pool import ConnectionPool, PoolTimeout
 from hindsight_fast import (
     ANY,
     NO_STREAM,
+    AppendOutcomeUnknown,
     AppendResult,
     ConcurrencyConflict,
     Cursor,
     EventEncodeError,
     EventStore,
     EventType,
+    IdempotencyConflict,
     NewEvent,
     SchemaError,
     StoreClosed,
@@ -30,6 +32,7 @@ from hindsight_fast import (
     Transaction,
     append_call,
 )
+from hindsight_fast.append_call import Attempts
 from hindsight_fast.append_request import AppendRequest
 from hindsight_fast.writes import MOST_EVENTS
 
@@ -335,3 +338,79 @@ def test_an_update_that_decides_on_nothing_writes_nothing(store: EventStore) -> 
     assert store.stream_version(STREAM) is None
     assert store.load_stream(STREAM).expected is NO_STREAM
     assert store.head() in (None, Cursor(0, 0))
+
+
+# --- What becomes of an append that failed ----------------------------------------------------------------------------
+
+
+def attempts(*, in_doubt: bool, timeout_s: float) -> Attempts:
+    request = AppendRequest((StreamWrite(STREAM, [note(), note(1, event_id=A_ID)], 3),), lambda given: given, OTHER)
+    request.in_doubt = in_doubt
+    return Attempts(request, timeout_s)
+
+
+def of_server(sqlstate: str) -> SchemaError:
+    """A refusal as it comes from the server, which has its own error as cause."""
+    error = SchemaError("refused", schema="hindsight")
+    error.__cause__ = type("Refusal", (psycopg.DatabaseError,), {"sqlstate": sqlstate})()
+    return error
+
+
+NO_ANSWERS: dict[str, Exception] = {
+    "connection lost": psycopg.OperationalError(),
+    "no connection": PoolTimeout(),
+    "locked": psycopg.errors.LockNotAvailable(),
+    "deadlock": psycopg.errors.DeadlockDetected(),
+    "canceled": psycopg.errors.QueryCanceled(),
+    "an import is under way": of_server("HS011"),
+    "closed": StoreClosed(),
+}
+ANSWERS: dict[str, Exception] = {
+    "conflict": ConcurrencyConflict([]),
+    "known ids": IdempotencyConflict("other data", [A_ID]),
+    "refused data": psycopg.errors.CheckViolation(),
+    "interrupted by a bug": ZeroDivisionError(),
+}
+
+
+@pytest.mark.parametrize("error", NO_ANSWERS.values(), ids=NO_ANSWERS)
+def test_who_cannot_say_what_became_of_an_append_in_doubt_says_so(error: Exception) -> None:
+    with pytest.raises(AppendOutcomeUnknown) as caught:
+        attempts(in_doubt=True, timeout_s=0.0).after(error)
+    assert caught.value.__cause__ is error
+    assert caught.value.correlation_id == OTHER
+    (write,) = caught.value.writes
+    assert (write.stream_id, write.expected, [event.data for event in write.events]) == (
+        STREAM,
+        3,
+        [note().data, note(1).data],
+    )
+    drawn, given = (event.event_id for event in write.events)
+    assert drawn is not None
+    assert given == A_ID
+    with pytest.raises(type(error)):
+        attempts(in_doubt=False, timeout_s=0.0).after(error)
+
+
+@pytest.mark.parametrize("error", ANSWERS.values(), ids=ANSWERS)
+def test_an_answer_is_passed_on_whatever_was_in_doubt(error: Exception) -> None:
+    for in_doubt in (True, False):
+        with pytest.raises(type(error)):
+            attempts(in_doubt=in_doubt, timeout_s=60.0).after(error)
+
+
+def test_what_may_go_away_is_waited_for() -> None:
+    for name in ("connection lost", "no connection", "locked", "deadlock", "canceled"):
+        assert 0.0 <= attempts(in_doubt=True, timeout_s=60.0).after(NO_ANSWERS[name]) <= 1.0
+    for name in ("locked", "deadlock"):
+        assert 0.0 <= attempts(in_doubt=False, timeout_s=60.0).after(NO_ANSWERS[name]) <= 1.0
+
+
+def test_a_changed_store_is_asked_anew_once() -> None:
+    for in_doubt, error in ((False, SchemaError), (True, AppendOutcomeUnknown)):
+        for sqlstate in ("HS001", "HS002", "HS012"):
+            attempt = attempts(in_doubt=in_doubt, timeout_s=60.0)
+            assert attempt.after(of_server(sqlstate)) == 0.0
+            assert attempt.advance_sequence
+            with pytest.raises(error):
+                attempt.after(of_server(sqlstate))
