@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 from uuid import UUID, uuid4
 
 import psycopg
@@ -224,8 +224,9 @@ class EventPlan:
 
 @dataclass(frozen=True)
 class WritePlan:
-    """*expected*: a named expectation; an exact version, or ``("version", d)``, d off the right one; ``("cursor", n)``,
-    of the stream's last event but n, ``("elsewhere", _)``, of the log's last event, ``("nowhere", _)``, of none."""
+    """*expected*: ``("right", how)``, which holds; a named expectation; an exact version, or ``("version", d)``, d off
+    the right one; ``("cursor", n)``, of the stream's last event but n, ``("elsewhere", _)``, of the log's last event,
+    ``("nowhere", _)``, of none."""
 
     stream: int
     events: tuple[EventPlan, ...]
@@ -239,6 +240,12 @@ class WritePlan:
 
     def _expected(self, stream: list[PlainStored], log: PlainLog) -> Any:
         match self.expected:
+            case ("right", str(how)):
+                if how == "any":
+                    return ANY
+                if not stream:
+                    return NO_STREAM
+                return {"exists": STREAM_EXISTS, "version": len(stream) - 1, "cursor": stream[-1].cursor}[how]
             case ("version", int(off)):
                 return max(0, len(stream) - 1 + off)
             case ("cursor", int(n)):
@@ -252,7 +259,17 @@ class WritePlan:
 
 
 Change = Literal[
-    "none", "expectation", "half the ids", "data", "stream", "reversed", "a part", "correlation", "one more"
+    "none",
+    "expectation",
+    "half the ids",
+    "data",
+    "stream",
+    "reversed",
+    "a part",
+    "correlation",
+    "one more",
+    "time",
+    "the one before as well",
 ]
 
 
@@ -297,6 +314,8 @@ class Append:
                 return replace(self, writes=writes)
             case "a part":
                 return replace(self, writes=(*writes[:-1], replace(writes[-1], events=writes[-1].events[:1])))
+            case "time":
+                return self._with_events(lambda _, event: replace(event, created_at=datetime(2002, 1, 1, tzinfo=UTC)))
             case "correlation":
                 return replace(self, correlation_id=uuid4())
             case "one more":
@@ -335,31 +354,53 @@ class RepeatPlan:
     def append(self, log: PlainLog, streams: Sequence[UUID], earlier: Sequence[Append]) -> Append:
         if not earlier:
             return Append((StreamWrite(streams[0], [NewEvent("noted", {"n": 0})], ANY),))
-        return earlier[-1 - self.back % len(earlier)].changed(self.change, streams)
+        chosen = earlier[-1 - self.back % len(earlier)]
+        if self.change == "the one before as well":
+            # Two appends as if they had been one.
+            before = earlier[-1 - (self.back + 1) % len(earlier)]
+            listed = {write.stream_id for write in chosen.writes}
+            return replace(chosen, writes=(*(w for w in before.writes if w.stream_id not in listed), *chosen.writes))
+        return chosen.changed(self.change, streams)
 
 
 Plan = NewPlan | RepeatPlan
 T = TypeVar("T")
 
+
+def few(each: st.SearchStrategy[T], sizes: Sequence[int], **settings: Any) -> st.SearchStrategy[tuple[T, ...]]:
+    """So many of them, one size as likely as the other: lists of Hypothesis's own choice are mostly short."""
+    lists = [st.lists(each, min_size=size, max_size=size, **settings) for size in sizes]
+    return st.sampled_from(lists).flatmap(lambda chosen: chosen).map(tuple)
+
+
 event_plans = st.builds(EventPlan, st.integers(0, 9), st.booleans(), st.booleans(), st.booleans())
-right_expectations = st.sampled_from([ANY, ANY, NO_STREAM, STREAM_EXISTS, ("version", 0), ("cursor", 0)])
+right_expectations = st.sampled_from([("right", how) for how in ("any", "exists", "version", "cursor")])
 other_expectations = st.sampled_from(
     [
-        0, 1, 2, 2**63 - 1, ("version", 1), ("version", -1), ("cursor", 1), ("elsewhere", 0), ("nowhere", 0),
-        Cursor.BEGINNING, Cursor(2**40, 0), Cursor(2**63 - 1, 2**31 - 1),
+        NO_STREAM, STREAM_EXISTS, 0, 1, 2, 2**63 - 1, ("version", 1), ("version", -1), ("cursor", 1), ("elsewhere", 0),
+        ("nowhere", 0), Cursor.BEGINNING, Cursor(2**40, 0), Cursor(2**63 - 1, 2**31 - 1),
     ]
 )  # fmt: skip
 write_plans = st.builds(
     WritePlan,
     st.integers(0, STREAM_COUNT - 1),
-    st.lists(event_plans, max_size=3).map(tuple),
-    right_expectations | other_expectations,
+    few(event_plans, (1, 0, 2, 3, 1)),
+    right_expectations | right_expectations | right_expectations | other_expectations,
 )
-new_plans = st.builds(
-    NewPlan, st.lists(write_plans, min_size=1, max_size=3, unique_by=lambda plan: plan.stream).map(tuple), st.booleans()
+new_plans = st.builds(NewPlan, few(write_plans, (1, 2, 3), unique_by=lambda plan: plan.stream), st.booleans())
+# What is as expected in several streams, of which some are only looked at: by chance alone that is rare.
+wide_plans = st.tuples(
+    st.permutations(range(STREAM_COUNT)),
+    st.lists(st.tuples(few(event_plans, (1, 0, 2)), right_expectations), min_size=2, max_size=STREAM_COUNT),
+    st.booleans(),
+).map(
+    lambda drawn: NewPlan(
+        tuple(
+            WritePlan(stream, events, expected) for stream, (events, expected) in zip(drawn[0], drawn[1], strict=False)
+        ),
+        drawn[2],
+    )
 )
-changes: st.SearchStrategy[Change] = st.sampled_from(
-    ["none", "none", "expectation", "half the ids", "data", "stream", "reversed", "a part", "correlation", "one more"]
-)
+changes: st.SearchStrategy[Change] = st.sampled_from(["none", *get_args(Change)])
 repeat_plans = st.builds(RepeatPlan, st.integers(0, 5), changes)
-plans: st.SearchStrategy[Plan] = new_plans | new_plans | repeat_plans
+plans: st.SearchStrategy[Plan] = st.one_of(new_plans, wide_plans, repeat_plans)

@@ -31,12 +31,13 @@ from hindsight_fast import (
     StreamWrite,
     Transaction,
     append_call,
+    appending,
 )
 from hindsight_fast.append_call import Attempts
 from hindsight_fast.append_request import AppendRequest
 from hindsight_fast.writes import MOST_EVENTS
 
-STREAM, OTHER = UUID(int=0xA1), UUID(int=0xA2)
+STREAM, OTHER, CAUSE = UUID(int=0xA1), UUID(int=0xA2), UUID(int=0xA3)
 
 
 @dataclass(frozen=True)
@@ -414,3 +415,14 @@ def test_a_changed_store_is_asked_anew_once() -> None:
             assert attempt.advance_sequence
             with pytest.raises(error):
                 attempt.after(of_server(sqlstate))
+
+
+def test_a_stream_that_was_only_looked_at_is_not_created(
+    store: EventStore, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for copy_from_bytes in (append_call.COPY_FROM_BYTES, 1):
+        monkeypatch.setattr(append_call, "COPY_FROM_BYTES", copy_from_bytes)
+        monkeypatch.setattr(appending, "COPY_FROM_BYTES", copy_from_bytes)
+        writes = [StreamWrite(OTHER, [], NO_STREAM), StreamWrite(STREAM, [note()], ANY), StreamWrite(CAUSE, [], ANY)]
+        assert set(store.transact(writes).stream_versions) == {STREAM}
+        assert connection.execute("SELECT stream_id FROM hindsight.stream_heads").fetchall() == [(STREAM,)]

