@@ -23,7 +23,7 @@ from ._core import Cursor
 from .append_request import AppendRequest, Group, KnownIds, Outcome
 from .begin_copy import begun_of
 from .connecting import check_encodings
-from .errors import HindsightError
+from .errors import HindsightError, SchemaError, StoreClosed
 from .results import events_of
 from .schema import LAYOUT, refusal_of
 from .statements import numbered
@@ -51,7 +51,9 @@ Talk = Generator[Wait, Ready | int, T]
 _INT: Final = struct.Struct("!i").pack
 _LONG: Final = struct.Struct("!q").pack
 _GOOD: Final = frozenset({ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK, ExecStatus.COPY_IN})
-_SERVER_CHANGED: Final = frozenset({"HS001", "HS002"})
+_NO_ANSWER: Final = (psycopg.OperationalError, SchemaError, StoreClosed)
+"""What is raised without a word on whether ids are known. Any other error of the server comes after it has looked."""
+_STORE_CHANGED: Final = frozenset({"HS001", "HS002", "HS012"})
 
 
 class AppendCall:
@@ -161,7 +163,7 @@ class AppendCall:
     def _copy(
         self, pgconn: PGconn, request: AppendRequest, generation: int, patience: str, most_idle: str
     ) -> Talk[Outcome]:
-        group = Group([request], lean=False)
+        group = Group([request], for_copy=True)
         yield from self._ask(pgconn, self._begin_append, [patience.encode(), most_idle.encode()])
         begun = begun_of((yield from self._ask(pgconn, self._begin_copy, list(group.streams))))
         if request.look_up:
@@ -280,7 +282,7 @@ class Attempts:
         self._count = 0
         self._left = {"advance": 1, "prepare": 3, "ids": 3}
         self.advance_sequence = False
-        """Whether the sequence has to be moved on before the next attempt."""
+        """Whether the next attempt asks first what the store is by now, and moves its sequence on if need be."""
 
     @property
     def _late(self) -> bool:
@@ -289,29 +291,35 @@ class Attempts:
     def after(self, error: BaseException) -> float:
         """Return after how many seconds to try again. Raises *error*, or AppendOutcomeUnknown."""
         self._count += 1
+        delay_s = self._delay_s(error)
+        if delay_s is not None:
+            return delay_s
+        if self._request.in_doubt and isinstance(error, _NO_ANSWER):
+            raise self._request.unknown(self._timeout_s) from error
+        raise error
+
+    def _delay_s(self, error: BaseException) -> float | None:
         request = self._request
-        if request.in_doubt and isinstance(error, psycopg.OperationalError) and not _is_lock_error(error):
-            if self._late:
-                raise request.unknown(self._timeout_s) from error
-            return min(0.05 * 2.0**self._count, 1.0) * random.uniform(0.5, 1.0)
-        if _is_lock_error(error) and not self._late:
-            return random.uniform(0.001, 0.02)
+        if _is_lock_error(error):
+            return None if self._late else random.uniform(0.001, 0.02)
+        if request.in_doubt and isinstance(error, psycopg.OperationalError):
+            return None if self._late else min(0.05 * 2.0**self._count, 1.0) * random.uniform(0.5, 1.0)
         if isinstance(error, errors.UniqueViolation) and error.diag.constraint_name == "events_event_id_key":
             # Somebody brought an id after it was looked for, or it was not looked for.
             request.look_up = True
-            return self._once_more("ids", error)
+            return self._once_more("ids")
         if isinstance(error, errors.InvalidSqlStatementName):
-            return self._once_more("prepare", error)
-        if isinstance(error.__cause__, psycopg.Error) and error.__cause__.sqlstate in _SERVER_CHANGED:
+            return self._once_more("prepare")
+        # A changed generation too: an import that has filled the store, or one that was given up, is no reason to open
+        # every store again.
+        if isinstance(error.__cause__, psycopg.Error) and error.__cause__.sqlstate in _STORE_CHANGED:
             self.advance_sequence = True
-            return self._once_more("advance", error)
-        raise error
+            return self._once_more("advance")
+        return None
 
-    def _once_more(self, what: str, error: BaseException) -> float:
-        if not self._left[what]:
-            raise error
+    def _once_more(self, what: str) -> float | None:
         self._left[what] -= 1
-        return 0.0
+        return 0.0 if self._left[what] >= 0 else None
 
 
 def note_loss(connection: Any, requests: Sequence[AppendRequest], error: BaseException) -> bool:

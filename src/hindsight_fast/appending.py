@@ -22,6 +22,7 @@ from .append_call import (
     result_of,
 )
 from .append_request import AppendRequest, Outcome
+from .errors import SchemaError
 from .group_commit import GroupCommit
 from .writes import AppendResult
 
@@ -96,8 +97,14 @@ class Appender:
                 generation = self._ready(own)
         if begins_transaction(connection):
             psycopg.Cursor(connection).execute("SELECT 1")  # psycopg begins it as the connection is set to
-        with connection.lock:
-            return connection.wait(self._call.one(connection, request, generation, most_idle=MOST_IDLE, prepare=False))
+        try:
+            with connection.lock:
+                return connection.wait(
+                    self._call.one(connection, request, generation, most_idle=MOST_IDLE, prepare=False)
+                )
+        except SchemaError:
+            self._generation = None  # asked anew by the next append; this transaction has failed
+            raise
 
     def _run_group(self, requests: Sequence[AppendRequest]) -> Sequence[Outcome]:
         with self._lend() as connection:

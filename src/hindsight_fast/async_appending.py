@@ -23,7 +23,7 @@ from .append_call import (
     result_of,
 )
 from .append_request import AppendRequest, Outcome
-from .errors import WaitTimeout
+from .errors import SchemaError, WaitTimeout
 from .group_commit import LANES, GroupQueue
 from .writes import AppendResult
 
@@ -98,10 +98,14 @@ class AsyncAppender:
                 generation = await self._ready(own)
         if begins_transaction(connection):
             await psycopg.AsyncCursor(connection).execute("SELECT 1")  # psycopg begins it as the connection is set to
-        async with connection.lock:
-            return await connection.wait(
-                self._call.one(connection, request, generation, most_idle=MOST_IDLE, prepare=False)
-            )
+        try:
+            async with connection.lock:
+                return await connection.wait(
+                    self._call.one(connection, request, generation, most_idle=MOST_IDLE, prepare=False)
+                )
+        except SchemaError:
+            self._generation = None  # asked anew by the next append; this transaction has failed
+            raise
 
     async def _run_group(self, requests: Sequence[AppendRequest]) -> Sequence[Outcome]:
         async with self._lend() as connection:

@@ -50,7 +50,7 @@ class GroupQueue(Generic[E]):
     def __init__(self, lanes: int = LANES) -> None:
         self._lanes = lanes
         self._waiting: deque[E] = deque()
-        self._leaders: frozenset[E] = frozenset()
+        self._groups: dict[E, list[E]] = {}  # on their way, by leader; replaced as a whole
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -71,11 +71,15 @@ class GroupQueue(Generic[E]):
 
     def depart(self) -> list[E] | None:
         """Return a group that is to leave now; None if no lane is free, or nobody waits."""
-        return self._leave(self._leaders) if self._waiting and len(self._leaders) < self._lanes else None
+        return self._leave() if self._waiting and len(self._groups) < self._lanes else None
+
+    def led_by(self, entry: E) -> list[E] | None:
+        """Return the group that is on its way under *entry*; None if it leads none. Needs no lock."""
+        return self._groups.get(entry)
 
     def arrived(self, leader: E) -> None:
         """The group of *leader* has arrived. Harmless to repeat."""
-        self._leaders -= {leader}
+        self._groups = {each: group for each, group in self._groups.items() if each is not leader}
 
     def withdraw(self, entry: E) -> bool:
         """Take a waiting *entry* out. False if it has left already."""
@@ -87,9 +91,9 @@ class GroupQueue(Generic[E]):
 
     def is_cared_for(self, entry: E) -> bool:
         """Whether *entry* waits, or its group is on its way."""
-        return entry.leader in self._leaders or entry in self._waiting
+        return entry.leader in self._groups or entry in self._waiting
 
-    def _leave(self, others: frozenset[E]) -> list[E]:
+    def _leave(self) -> list[E]:
         group: list[E] = []
         stay: list[E] = []
         events = size = seen = 0
@@ -111,20 +115,22 @@ class GroupQueue(Generic[E]):
         for entry in group:
             entry.leader = group[0]
         remaining = deque((*stay, *islice(self._waiting, seen, None)))
-        leaders = others | {group[0]}
-        self._waiting, self._leaders = remaining, leaders
+        groups = {**self._groups, group[0]: group}
+        self._waiting, self._groups = remaining, groups
         return group
 
 
 class _Waiter:
-    """A thread's request, and how it is woken: with an outcome, with a group to lead, or with neither, to go alone."""
+    """A thread's request, and how it is woken: with an outcome, with a group to lead, or with neither, to go alone.
 
-    __slots__ = ("awake", "group", "leader", "outcome", "request")
+    That is but a hint, which an interrupt may swallow; what is so stands in *outcome* and in the queue.
+    """
+
+    __slots__ = ("awake", "leader", "outcome", "request")
 
     def __init__(self, request: AppendRequest) -> None:
         self.request = request
         self.leader: _Waiter | None = None
-        self.group: list[_Waiter] | None = None
         self.outcome: Outcome | None = None
         self.awake = threading.Lock()
         self.awake.acquire()
@@ -153,14 +159,18 @@ class GroupCommit:
             with self._lock:
                 if self._queue.full and not self._room.wait_for(lambda: not self._queue.full, timeout_s):
                     raise WaitTimeout(f"{len(self._queue)} appends wait, and there was no room for {timeout_s:g} s")
-                me.group = self._queue.add(me)
-            while me.group is None and not me.awake.acquire(timeout=LOOK_ROUND_S):
-                if self._is_forgotten(me):
+                self._queue.add(me)
+            woken = False
+            while True:
+                group = self._queue.led_by(me)
+                if group is not None:
+                    self._lead(group)
+                if group is not None or woken or me.outcome is not None:
+                    return me.outcome
+                woken = me.awake.acquire(timeout=LOOK_ROUND_S)
+                if not woken and self._is_forgotten(me):
                     request.look_up = request.in_doubt = True
                     return None
-            if me.group is not None:
-                self._lead(me.group)
-            return me.outcome
         except BaseException:
             self._give_up(me)
             raise
@@ -182,7 +192,6 @@ class GroupCommit:
             self._queue.arrived(leader)
             following = self._queue.depart()
             if following:
-                following[0].group = following
                 following[0].awake.release()
             self._room.notify_all()
 
@@ -194,4 +203,4 @@ class GroupCommit:
 
     def _is_forgotten(self, me: _Waiter) -> bool:
         with self._lock:
-            return me.group is None and me.outcome is None and not self._queue.is_cared_for(me)
+            return me.outcome is None and not self._queue.is_cared_for(me)

@@ -198,6 +198,7 @@ class EventStore(StoreBase):
         ``decide`` may be called several times, so it should do nothing but decide.
         """
         check_count(attempts, "attempts", least=1)
+        check_correlation_id(correlation_id)
         for attempt in range(attempts):
             history = self.load_stream(stream_id)
             try:
