@@ -18,7 +18,7 @@ from psycopg.pq import ConnStatus, ExecStatus, Format, PipelineStatus
 from psycopg.waiting import Ready, Wait
 
 from .append_request import AppendRequest, Group, Outcome
-from .errors import HindsightError
+from .errors import HindsightError, IdempotencyConflict
 from .schema import LAYOUT, refusal_of
 
 if TYPE_CHECKING:
@@ -28,6 +28,12 @@ if TYPE_CHECKING:
 
 _LONG: Final = struct.Struct("!q").pack
 _SERVER_CHANGED: Final = frozenset({"HS001", "HS002"})
+
+# Raised behind the look-up, or by what it found: with them nothing is in doubt any more.
+_SETTLES: Final = (IdempotencyConflict, psycopg.IntegrityError, psycopg.DataError)
+
+LAST_WAIT_S: Final = 1.0
+"""How long to wait for a connection where the timeout has passed in a group already."""
 
 
 class AppendCall:
@@ -93,7 +99,8 @@ class AppendCall:
         To the very end: the first answer comes before the commit, and the commit can still fail.
         """
         while pgconn.flush():
-            if (yield Wait.RW) & Ready.R:
+            # None after an interrupt: psycopg then cancels, and waits for the rest.
+            if (yield Wait.RW) != Ready.W:
                 pgconn.consume_input()
         results = []
         while True:
@@ -133,14 +140,21 @@ def check_lent(connection: Any, kind: type[Any]) -> None:
 class Attempts:
     """What becomes of one request whose attempt has failed: whether and when it is tried again, or what is raised."""
 
-    def __init__(self, request: AppendRequest, timeout_s: float) -> None:
+    def __init__(self, request: AppendRequest, timeout_s: float, began: float | None = None) -> None:
         self._request = request
         self._timeout_s = timeout_s
-        self._began = time.monotonic()
+        self._began = time.monotonic() if began is None else began
         self._count = 0
         self._left = {"advance": 1, "prepare": 3, "ids": 3}
         self.advance_sequence = False
         """Whether the sequence has to be moved on before the next attempt."""
+        self.met_lock = False
+        """Whether somebody keeps a stream locked for longer than a moment."""
+
+    @property
+    def left_s(self) -> float:
+        """How long to wait for what the next attempt needs: what is left of the timeout, or else a last second."""
+        return max(LAST_WAIT_S, self._began + self._timeout_s - time.monotonic())
 
     @property
     def _late(self) -> bool:
@@ -155,26 +169,34 @@ class Attempts:
         request = self._request
         if lost:
             request.look_up = request.in_doubt = True
-        if request.in_doubt and isinstance(error, psycopg.OperationalError) and not _is_lock_error(error):
-            if self._late:
-                raise request.unknown(self._timeout_s) from error
-            return min(0.05 * 2.0**self._count, 1.0) * random.uniform(0.5, 1.0)
-        if _is_lock_error(error) and not self._late:
-            return random.uniform(0.001, 0.02)
-        if isinstance(error, errors.UniqueViolation) and error.diag.constraint_name == "events_event_id_key":
-            # Somebody brought an id after it was looked for, or it was not looked for.
-            request.look_up = True
-            return self._once_more("ids", error)
-        if isinstance(error, errors.InvalidSqlStatementName):
-            return self._once_more("prepare", error)
-        if isinstance(error.__cause__, psycopg.Error) and error.__cause__.sqlstate in _SERVER_CHANGED:
-            self.advance_sequence = True
-            return self._once_more("advance", error)
+        self.met_lock = self.met_lock or is_lock_error(error)
+        delay_s = self._delay_after(error)
+        if delay_s is not None:
+            return delay_s
+        if request.in_doubt and not isinstance(error, _SETTLES):
+            # Whatever the last attempt met, it says nothing of the one that was cut off.
+            raise request.unknown(self._timeout_s) from error
         raise error
 
-    def _once_more(self, what: str, error: BaseException) -> float:
+    def _delay_after(self, error: BaseException) -> float | None:
+        if is_lock_error(error):
+            return None if self._late else random.uniform(0.001, 0.02)
+        if self._request.in_doubt and isinstance(error, psycopg.OperationalError):
+            return None if self._late else min(0.05 * 2.0**self._count, 1.0) * random.uniform(0.5, 1.0)
+        if isinstance(error, errors.UniqueViolation) and error.diag.constraint_name == "events_event_id_key":
+            # Somebody brought an id after it was looked for, or it was not looked for.
+            self._request.look_up = True
+            return self._once_more("ids")
+        if isinstance(error, errors.InvalidSqlStatementName):
+            return self._once_more("prepare")
+        if server_changed(error):
+            self.advance_sequence = True
+            return self._once_more("advance")
+        return None
+
+    def _once_more(self, what: str) -> float | None:
         if not self._left[what]:
-            raise error
+            return None
         self._left[what] -= 1
         return 0.0
 
@@ -184,5 +206,14 @@ def is_lost(connection: Any) -> bool:
     return bool(connection.pgconn.status == ConnStatus.BAD)
 
 
-def _is_lock_error(error: BaseException) -> bool:
+def server_changed(error: BaseException) -> bool:
+    """Whether an append was refused because the sequence lags or is another server's: it has to be moved on first."""
+    if isinstance(error, errors.UniqueViolation):
+        # A number was drawn that an open append has drawn as well: the sequence was put back under it.
+        return error.diag.constraint_name == "events_pkey"
+    return isinstance(error.__cause__, psycopg.Error) and error.__cause__.sqlstate in _SERVER_CHANGED
+
+
+def is_lock_error(error: BaseException) -> bool:
+    """Whether an append gave up waiting for a lock."""
     return isinstance(error, (errors.DeadlockDetected, errors.LockNotAvailable))

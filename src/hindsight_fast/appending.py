@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any, Final
 
 import psycopg
 from psycopg.pq import TransactionStatus
 
 from ._core import Cursor
-from .append_call import AppendCall, Attempts, check_lent, is_lost
-from .append_request import AppendRequest, Group, KnownIds, Outcome
+from .append_call import AppendCall, Attempts, check_lent, is_lost, server_changed
+from .append_request import AppendRequest, Group, KnownIds, Outcome, SentOver
 from .begin_copy import UuidArray, begin_copy_of, execute
 from .connecting import check_encodings
 from .errors import HindsightError
@@ -29,11 +30,12 @@ Connection = psycopg.Connection[Any]
 COPY_FROM_BYTES: Final = 8 * 1024 * 1024
 """From this size on an append goes by COPY: arrays as parameters end at 1 GB, and are held several times."""
 
-GROUP_PATIENCE: Final = "100ms"
-"""How long a group waits for each lock. Then each of its requests goes by itself: one stream that somebody keeps locked
-must not hold up those who want another."""
-LONE_PATIENCE: Final = "2s"
-"""How long a single request waits at a time; it tries again until the store's timeout."""
+SHORT_PATIENCE: Final = "100ms"
+"""How long a group waits for each lock. Then each of its requests goes by itself, and waits as long: one stream that
+somebody keeps locked must not hold up those who want another."""
+LONG_PATIENCE: Final = "2s"
+"""How long a single request waits that has met such a stream; it tries again until the store's timeout. At most half of
+the connections wait so: twelve callers for one locked stream once held all ten, and with them every other append."""
 MOST_IDLE: Final = "60s"
 """How long a caller's own transaction may stand still once it holds a number: readers wait for it."""
 
@@ -41,18 +43,19 @@ MOST_IDLE: Final = "60s"
 class Appender:
     """Carries out the appends of one store.
 
-    ``lend()`` gives a connection in autocommit mode; ``prepare(connection)`` returns the generation under which the
-    store may write, after it has moved on a sequence that lags or changed hands.
+    ``lend(timeout_s)`` gives a connection in autocommit mode; ``prepare(connection)`` returns the generation under which
+    the store may write, after it has moved on a sequence that lags or changed hands.
     """
 
     def __init__(
         self,
-        lend: Callable[[], AbstractContextManager[Connection]],
+        lend: Callable[[float], AbstractContextManager[Connection]],
         prepare: Callable[[Connection], int],
         statements: Statements,
         *,
         timeout_s: float,
         group_commit: bool,
+        most_connections: int,
     ) -> None:
         self._lend = lend
         self._prepare = prepare
@@ -60,6 +63,7 @@ class Appender:
         self._timeout_s = timeout_s
         self._call = AppendCall(statements)
         self._groups = GroupCommit(self._run_group) if group_commit else None
+        self._patient = threading.BoundedSemaphore(max(1, most_connections // 2))
         self._generation: int | None = None
 
     def append(self, request: AppendRequest) -> AppendResult:
@@ -67,11 +71,12 @@ class Appender:
         psycopg's own errors."""
         if not request.writes:
             return AppendResult(None)
+        began = time.monotonic()
         outcome: Outcome | None = None
         if self._groups is not None and request.byte_count < COPY_FROM_BYTES:
             outcome = self._groups.submit(request, self._timeout_s)
         if outcome is None or isinstance(outcome, KnownIds):
-            outcome = self._append_alone(request)
+            outcome = self._append_alone(request, began)
         return _result(outcome)
 
     def append_on(self, connection: Connection, request: AppendRequest) -> AppendResult:
@@ -85,31 +90,51 @@ class Appender:
         if connection.info.transaction_status == TransactionStatus.IDLE and not connection.autocommit:
             # Through psycopg, which begins the transaction as the connection is set to.
             execute(connection, self._statements, self._statements.begin_append, ("", ""))
-        outcome = self._run_alone(connection, request, generation, most_idle=MOST_IDLE, prepare=False)
+        try:
+            outcome = self._run_alone(connection, request, generation, most_idle=MOST_IDLE, prepare=False)
+        except Exception as error:
+            if server_changed(error):
+                # Not to be mended in a transaction that has failed: the next append begins with it.
+                self._generation = None
+            raise
         return _result(outcome)
 
-    def _append_alone(self, request: AppendRequest) -> Outcome:
-        attempts = Attempts(request, self._timeout_s)
+    def _append_alone(self, request: AppendRequest, began: float) -> Outcome:
+        attempts = Attempts(request, self._timeout_s, began)
         while True:
-            connection: Connection | None = None
-            sent = False
+            sent: SentOver | None = None
+            lost = False
             try:
-                with self._lend() as connection:
+                with ExitStack() as held:
+                    patience = SHORT_PATIENCE
+                    if attempts.met_lock and self._patient.acquire(timeout=attempts.left_s):
+                        held.callback(self._patient.release)
+                        patience = LONG_PATIENCE
+                    connection = held.enter_context(self._lend(attempts.left_s))
                     if attempts.advance_sequence:
                         self._generation = None
                         attempts.advance_sequence = False
                     generation = self._ready(connection)
-                    if request.lost_backend is not None:
-                        execute(connection, self._statements, self._statements.end_append, (request.lost_backend,))
-                        request.lost_backend = None
-                    sent = True
-                    return self._run_alone(connection, request, generation, patience=LONE_PATIENCE)
+                    self._end_lost(connection, request)
+                    sent = _sent_over(connection)
+                    try:
+                        return self._run_alone(connection, request, generation, patience=patience)
+                    except BaseException:
+                        lost = is_lost(connection)
+                        raise
             except Exception as error:  # noqa: BLE001 - raised again unless it is worth another attempt
-                lost = sent and connection is not None and is_lost(connection)
                 if lost:
-                    request.lost_backend = _backend_of(connection)
+                    request.lost_backend = sent
                 delay_s = attempts.after(error, lost=lost)
             time.sleep(delay_s)
+
+    def _end_lost(self, connection: Connection, request: AppendRequest) -> None:
+        """End an earlier attempt that may still be under way: it must not be carried out after this one has failed."""
+        if request.lost_backend is not None:
+            backend, sent_at = request.lost_backend
+            parameters = (backend, time.monotonic() - sent_at)
+            execute(connection, self._statements, self._statements.end_append, parameters)
+            request.lost_backend = None
 
     def _run_alone(
         self, connection: Connection, request: AppendRequest, generation: int, *, prepare: bool = True, **bounds: str
@@ -130,16 +155,20 @@ class Appender:
 
     def _run_group(self, requests: Sequence[AppendRequest]) -> Sequence[Outcome]:
         group = Group(requests)
-        with self._lend() as connection:
+        with self._lend(self._timeout_s) as connection:
             generation = self._ready(connection)
+            sent = _sent_over(connection)
             try:
                 with connection.lock:
-                    return connection.wait(self._call.run(connection, group, generation, patience=GROUP_PATIENCE))
+                    return connection.wait(self._call.run(connection, group, generation, patience=SHORT_PATIENCE))
             except BaseException as error:
-                if is_lost(connection) or not isinstance(error, Exception):
+                # An interrupt leaves the connection idle, once psycopg has cancelled: nothing is to be ended there then,
+                # and others may be at work on it by now.
+                under_way = connection.pgconn.transaction_status != TransactionStatus.IDLE
+                if under_way or not isinstance(error, Exception):
                     for request in requests:
                         request.look_up = request.in_doubt = True
-                        request.lost_backend = _backend_of(connection)
+                        request.lost_backend = sent if under_way else None
                 raise
 
     def _ready(self, connection: Connection) -> int:
@@ -150,7 +179,7 @@ class Appender:
     def _known_generation(self) -> int:
         if self._generation is not None:
             return self._generation
-        with self._lend() as connection:
+        with self._lend(self._timeout_s) as connection:
             return self._ready(connection)
 
 
@@ -161,12 +190,9 @@ def _result(outcome: Outcome) -> AppendResult:
     raise outcome
 
 
-def _backend_of(connection: Connection | None) -> int | None:
-    # Known to libpq until the connection is finished.
-    try:
-        return None if connection is None else connection.pgconn.backend_pid or None
-    except psycopg.OperationalError:
-        return None
+def _sent_over(connection: Connection) -> SentOver:
+    # Before it is needed: of a connection that broke libpq says 0.
+    return SentOver(connection.pgconn.backend_pid, time.monotonic())
 
 
 def append_by_copy(

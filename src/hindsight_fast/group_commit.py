@@ -7,6 +7,7 @@ one flush for all of them. Whoever finds a lane free goes at once, so that a lon
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import islice
@@ -43,58 +44,71 @@ class GroupQueue(Generic[E]):
     next group: two in one group would both be unknown to the look-up. A group is led by its first entry, and has a lane
     until that has arrived.
 
-    Every change is one assignment, or one call of a deque: an interrupt comes before it or after it.
+    Every change is one assignment, or one call of a deque: an interrupt comes before it or after it. Who was to be told
+    of one and was not can ask: ``led_by``, ``is_cared_for``.
     """
 
     def __init__(self, lanes: int = LANES) -> None:
         self._lanes = lanes
-        self._waiting: deque[E] = deque()
-        self._leaders: frozenset[E] = frozenset()
+        self._state: tuple[deque[E], dict[E, list[E]]] = (deque(), {})
+        """Who waits, and who is on its way: the groups by their leaders."""
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return len(self._state[0])
 
     @property
     def full(self) -> bool:
         """Whether callers have to be held back."""
-        return len(self._waiting) >= MOST_WAITING
+        return len(self) >= MOST_WAITING
 
     def add(self, entry: E) -> list[E] | None:
         """Take *entry* in. Returns the group that is to leave now, if a lane is free; otherwise it waits."""
-        self._waiting.append(entry)
-        return self._leave(self._leaders) if len(self._leaders) < self._lanes else None
+        waiting, groups = self._state
+        waiting.append(entry)
+        return self._leave(waiting, groups) if len(groups) < self._lanes else None
 
     def arrived(self, leader: E) -> list[E] | None:
         """The group of *leader* has arrived. Returns the one that takes its lane, None if nobody waits.
 
         Harmless to repeat.
         """
-        if leader not in self._leaders:
+        waiting, groups = self._state
+        if leader not in groups:
             return None
-        others = self._leaders - {leader}
-        if self._waiting:
-            return self._leave(others)
-        self._leaders = others
+        others = {each: group for each, group in groups.items() if each is not leader}
+        if waiting:
+            return self._leave(waiting, others)
+        self._state = (waiting, others)
         return None
 
     def withdraw(self, entry: E) -> bool:
         """Take a waiting *entry* out. False if it has left already."""
         try:
-            self._waiting.remove(entry)
+            self._state[0].remove(entry)
         except ValueError:
             return False
         return True
 
+    @property
+    def leaders(self) -> list[E]:
+        """Those whose groups are on their way."""
+        return list(self._state[1])
+
+    def led_by(self, entry: E) -> list[E] | None:
+        """The group on its way that *entry* leads."""
+        return self._state[1].get(entry)
+
     def is_cared_for(self, entry: E) -> bool:
         """Whether *entry* waits, or its group is on its way."""
-        return entry.leader in self._leaders or entry in self._waiting
+        waiting, groups = self._state
+        return entry.leader in groups or entry in waiting
 
-    def _leave(self, others: frozenset[E]) -> list[E]:
+    def _leave(self, waiting: deque[E], others: dict[E, list[E]]) -> list[E]:
         group: list[E] = []
         stay: list[E] = []
         events = size = seen = 0
         ids: set[UUID] = set()
-        for entry in self._waiting:
+        for entry in waiting:
             request = entry.request
             if group and (events + len(request.events) > MOST_EVENTS or size + request.byte_count > MOST_BYTES):
                 break
@@ -110,22 +124,22 @@ class GroupQueue(Generic[E]):
             size += request.byte_count
         for entry in group:
             entry.leader = group[0]
-        remaining = deque((*stay, *islice(self._waiting, seen, None)))
-        leaders = others | {group[0]}
-        self._waiting, self._leaders = remaining, leaders
+        self._state = (deque((*stay, *islice(waiting, seen, None))), {**others, group[0]: group})
         return group
 
 
 class _Waiter:
     """A thread's request, and how it is woken: with an outcome, with a group to lead, or with neither, to go alone."""
 
-    __slots__ = ("awake", "group", "leader", "outcome", "request")
+    __slots__ = ("awake", "done", "group", "leader", "outcome", "request")
 
     def __init__(self, request: AppendRequest) -> None:
         self.request = request
         self.leader: _Waiter | None = None
         self.group: list[_Waiter] | None = None
         self.outcome: Outcome | None = None
+        self.done = False
+        """Whether its group has arrived; without an outcome it failed, and nothing was written."""
         self.awake = threading.Lock()
         self.awake.acquire()
 
@@ -146,18 +160,19 @@ class GroupCommit:
     def submit(self, request: AppendRequest, timeout_s: float) -> Outcome | None:
         """Have *request* carried out with others'. None: it was not, or nobody knows, and it is to be tried alone.
 
-        Raises TimeoutError if so many wait that there is no room for it in time.
+        So it is as well if nothing has become of it in time. Raises TimeoutError if so many wait that there is no room
+        for it in time.
         """
         me = _Waiter(request)
+        deadline = time.monotonic() + timeout_s
         try:
             with self._lock:
                 if self._queue.full and not self._room.wait_for(lambda: not self._queue.full, timeout_s):
                     raise TimeoutError(f"{len(self._queue)} appends wait, and there was no room for {timeout_s:g} s")
                 me.group = self._queue.add(me)
-            while me.group is None and not me.awake.acquire(timeout=LOOK_ROUND_S):
-                if self._is_forgotten(me):
-                    request.look_up = request.in_doubt = True
-                    return None
+            while me.group is None and not me.awake.acquire(timeout=min(LOOK_ROUND_S, timeout_s)):
+                if self._look_round(me, late=time.monotonic() > deadline):
+                    break
             if me.group is not None:
                 self._lead(me.group)
             return me.outcome
@@ -172,6 +187,8 @@ class GroupCommit:
                 waiter.outcome = outcome
         except Exception:  # noqa: BLE001 - each tries alone, and meets what concerns it
             pass
+        for waiter in group:
+            waiter.done = True
         self._end(group[0])
         for waiter in group[1:]:
             waiter.awake.release()
@@ -191,6 +208,20 @@ class GroupCommit:
             self._queue.withdraw(me)
         self._end(me)
 
-    def _is_forgotten(self, me: _Waiter) -> bool:
+    def _look_round(self, me: _Waiter, *, late: bool) -> bool:
+        """Whether there is nothing to wait for any more, whoever should have said so."""
         with self._lock:
-            return me.group is None and me.outcome is None and not self._queue.is_cared_for(me)
+            me.group = self._queue.led_by(me)
+            if me.done or me.outcome is not None or me.group is not None:
+                return True
+            if self._queue.is_cared_for(me) and not late:
+                return False
+            if self._queue.withdraw(me):
+                stuck = self._queue.leaders
+            else:
+                me.request.look_up = me.request.in_doubt = True
+                stuck = [] if me.leader is None else [me.leader]
+        for leader in stuck:
+            # Interrupted twice, or stuck: who waits for its lane goes on without it.
+            self._end(leader)
+        return True

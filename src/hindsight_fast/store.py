@@ -98,6 +98,7 @@ class EventStore:
             self._statements,
             timeout_s=timeout,
             group_commit=group_commit,
+            most_connections=self._most_connections,
         )
 
     def __repr__(self) -> str:
