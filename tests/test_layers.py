@@ -16,6 +16,7 @@ LAYERS = [
     {"_core"},
     # Values, and rooms without a neighbour.
     {"writes", "payloads", "streams", "schema", "connecting", "import_source", "export_target", "progress"},
+    {"idle_check"},
     {"installations"},
     {"statements", "results", "import_lines", "demo_events", "accounts"},
     {"events", "reading", "read_ahead", "import_chunks", "server_guard"},
@@ -30,7 +31,9 @@ LAYERS = [
     {"import_jobs", "import_dry_run", "import_build"},
     {"import_initial"},
     {"importer", "exporter"},
+    {"store_base"},
     {"store"},
+    {"async_store"},
     {"status", "schema_check"},
     {"__init__"},
     {"demo"},
@@ -39,17 +42,19 @@ LAYERS = [
     {"cli"},
 ]
 # The only modules that may talk to a server or start one.
-SHELLS = {"store", "begin_copy", "append_call", "appending", "read_ahead", "import_writer", "import_dry_run"}
-SHELLS |= {
+SHELLS = {
+    "store",
+    "async_store",
+    "idle_check",
+    "begin_copy",
+    "append_call",
+    "appending",
+    "read_ahead",
+    "import_writer",
+    "import_dry_run",
     "import_jobs",
-    "import_build",
-    "import_initial",
-    "importer",
-    "installations",
-    "accounts",
-    "server_guard",
-    "embedded",
 }
+SHELLS |= {"import_build", "import_initial", "importer", "installations", "accounts", "server_guard", "embedded"}
 SHELLS |= {"status", "demo", "cli_common", "cli_import", "cli_read", "cli_schema", "cli"}
 IO_MODULES = {"psycopg_pool", "subprocess", "socket", "select"}
 

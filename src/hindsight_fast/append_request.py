@@ -56,7 +56,8 @@ class AppendRequest:
     """
 
     __slots__ = (
-        "correlation_id", "event_ids", "events", "in_doubt", "look_up", "lost_backend", "rows", "targets", "writes",
+        "correlation_id", "event_ids", "events", "in_doubt", "look_up", "lost_backend", "rows", "sent_over", "targets",
+        "writes",
     )  # fmt: skip
 
     def __init__(
@@ -71,6 +72,7 @@ class AppendRequest:
         """Whether ids may be known: the caller gave them, or an earlier try may have written them."""
         self.in_doubt = False
         """Whether such a try may have been committed."""
+        self.sent_over: SentOver | None = None
         self.lost_backend: SentOver | None = None
         """Where it may still be under way: what it was sent over last, if the connection was lost before the answer."""
         self.targets: list[tuple[bytes, int, int | None, int | None, int | None, int | None]] = []

@@ -14,6 +14,8 @@ from ._core import EventRows
 from .schema import refusal_of
 
 if TYPE_CHECKING:
+    from psycopg.pq.abc import PGresult
+
     from .statements import Statements
 
 _EPOCH: Final = datetime(2000, 1, 1, tzinfo=UTC)
@@ -53,16 +55,15 @@ class _BigintArrayDumper(Dumper):
 
 def begin_copy(connection: psycopg.Connection[Any], statements: Statements, rows: EventRows) -> Begun:
     """Lock and advance the heads of the rows' streams, register, and draw a number. Raises as ``execute`` does."""
-    return begin_copy_of(connection, statements, *rows.stream_arrays())
-
-
-def begin_copy_of(
-    connection: psycopg.Connection[Any], statements: Statements, stream_ids: bytes, event_counts: bytes
-) -> Begun:
-    """The same for streams in byte order, a binary ``uuid[]``, that take so many events each, a ``bigint[]``."""
+    stream_ids, event_counts = rows.stream_arrays()
     parameters = (UuidArray(stream_ids), BigintArray(event_counts))
     result = execute(connection, statements, statements.begin_copy, parameters).pgresult
     assert result is not None
+    return begun_of(result)
+
+
+def begun_of(result: PGresult) -> Begun:
+    """Return what BEGIN_COPY answered, in binary format."""
     transaction_no, head_versions, started_at = (result.get_value(0, column) for column in range(3))
     assert transaction_no is not None
     assert head_versions is not None

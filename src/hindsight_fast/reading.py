@@ -50,11 +50,14 @@ _log = logging.getLogger("hindsight_fast")
 
 
 class Request(NamedTuple):
-    """A statement to run, its parameters, and whether it answers with events or with plain values."""
+    """A statement to run, its parameters, and whether it answers with events, with plain values, or not at all.
+
+    Of what answers with nothing there may be several in one text; it takes no parameters.
+    """
 
     statement: bytes
     parameters: tuple[Any, ...]
-    answers: Literal["events", "values"]
+    answers: Literal["events", "values", "nothing"]
 
 
 class Bound(NamedTuple):

@@ -5,58 +5,41 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 from uuid import UUID
 
 import psycopg
-from psycopg import errors
 from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
 from psycopg_pool import ConnectionPool
 
 from ._core import Cursor, RecordedEvent
+from .append_call import AppendCall
 from .append_request import AppendRequest
 from .appending import Appender
-from .connecting import check_encodings, connection_conninfo, find_conninfo, shown_conninfo
-from .errors import ConcurrencyConflict, SchemaError, StoreClosed
-from .event_registry import EventRegistry
+from .connecting import check_encodings, connection_conninfo
+from .errors import ConcurrencyConflict, StoreClosed
 from .events import EventType
 from .export_target import ExportTarget
 from .exporter import ExportProgress, run_export
+from .idle_check import server_has_gone
 from .import_initial import abandon_initial
 from .import_source import ImportSource
-from .importer import MOST_JOBS, ImportOptions, ImportProgress, ImportReport, check_import_id, run_import
-from .read_ahead import Pace, PageAhead
-from .reading import (
-    MAX_HOLD_S,
-    PAGE_ROWS,
-    LogReader,
-    PageReader,
-    StreamLogReader,
-    StreamReader,
-    check_after,
-    check_correlation_id,
-    check_count,
-    check_stream_id,
-    check_until,
-    tell_of_stalled,
-)
-from .schema import LAYOUT, StoreMeta, check_layout, check_schema_name, refusal_of, schema_sql
-from .statements import FOUND_TABLE, SESSION_SETTINGS, Statements
+from .importer import ImportOptions, ImportProgress, ImportReport, check_import_id, run_import
+from .read_ahead import PageAhead
+from .reading import PAGE_ROWS, PageReader, Request, check_correlation_id, check_count, check_stream_id
+from .schema import StoreMeta
+from .statements import SESSION_SETTINGS
+from .store_base import READ_AHEAD_PATIENCE_S, Answer, PageWalk, StoreBase, Talk
 from .writes import NO_STREAM, AppendResult, Expected, StreamHistory, StreamWrite, Transaction
 
-if TYPE_CHECKING:
-    from .reading import Request
-
 Connection = psycopg.Connection[Any]
-
-READ_AHEAD_PATIENCE_S = 0.05
-"""How long to wait for a connection before a page is rather fetched when it is due."""
+T = TypeVar("T")
 
 
-class EventStore:
+class EventStore(StoreBase):
     """An event store in one schema of a PostgreSQL database.
 
     *conninfo* is a libpq connection string or URL; empty, the environment names the server (``HINDSIGHT_DATABASE_URL``,
@@ -79,41 +62,34 @@ class EventStore:
         group_commit: bool = True,
     ) -> None:
         check_count(pool_size, "pool_size", least=1)
-        self.schema = check_schema_name(schema)
-        self._registry = EventRegistry(event_types)
-        self._statements = Statements(schema)
-        self._pool_size = pool_size
-        self._timeout = timeout
+        if pool is not None:
+            if not isinstance(pool, ConnectionPool):
+                raise TypeError(f"pool must be a psycopg_pool.ConnectionPool, not {type(pool).__name__}")
+            conninfo = pool.conninfo if isinstance(pool.conninfo, str) else ""
+        super().__init__(
+            conninfo,
+            event_types=event_types,
+            schema=schema,
+            given_pool=pool is not None,
+            most_connections=pool_size if pool is None else pool.max_size,
+            timeout=timeout,
+        )
         self._given_pool = pool
         self._pool = pool
-        if pool is None:
-            self.conninfo = find_conninfo(conninfo)
-        else:
-            self.conninfo = pool.conninfo if isinstance(pool.conninfo, str) else ""
-        self._most_connections = pool_size if pool is None else pool.max_size
-        self._open = False
         self._appender = Appender(
             self._connection,
             lambda connection: self._prepare_to_write(connection).generation,
-            self._statements,
+            AppendCall(self._statements),
             timeout_s=timeout,
             group_commit=group_commit,
             most_connections=self._most_connections,
         )
 
-    def __repr__(self) -> str:
-        return f"<EventStore {self.schema!r} at {shown_conninfo(self.conninfo) or 'the environment'}>"
-
-    @property
-    def event_names(self) -> frozenset[str]:
-        """The names of the event types that the store was opened with."""
-        return self._registry.known_names
-
     @property
     def pool(self) -> ConnectionPool[Any]:
         """The connection pool, for statements of your own. Raises StoreClosed before ``open()``."""
         if self._pool is None:
-            raise StoreClosed(f"{self!r} is not open: use it in a with statement, or call open()")
+            raise self._not_open()
         return self._pool
 
     def open(self) -> Self:
@@ -124,16 +100,14 @@ class EventStore:
             settings = connection_conninfo(self.conninfo)
             # One connection made at once, outside the pool: a pool would only say that none came in time, not why.
             with psycopg.connect(settings, autocommit=True) as connection:
-                self._check_store(connection)
+                self._talk(connection, self._checking_store(connection.info))
             self._pool = ConnectionPool(
                 settings,
                 kwargs={"autocommit": True},
                 min_size=0,
-                max_size=self._pool_size,
+                max_size=self._most_connections,
                 timeout=self._timeout,
                 configure=_configure,
-                # An idle connection may not have survived its server: one round trip tells.
-                check=ConnectionPool.check_connection,
                 open=True,
                 name="hindsight_fast",
             )
@@ -142,7 +116,7 @@ class EventStore:
         self._open = True
         try:
             with self._connection() as connection:
-                self._check_store(connection)
+                self._talk(connection, self._checking_store(connection.info))
         except BaseException:
             self._open = False
             raise
@@ -169,16 +143,7 @@ class EventStore:
         Raises SchemaError if the schema was made by a newer version of this library.
         """
         with self._connection() as connection:
-            layout = self._found_layout(connection)
-            if layout is not None and layout >= LAYOUT:
-                check_layout(self.schema, layout)
-                return
-            try:
-                connection.execute(schema_sql(self.schema).encode())
-            except psycopg.Error:
-                # The script holds its own BEGIN; without this the connection goes back inside a failed transaction.
-                connection.rollback()
-                raise
+            self._talk(connection, self._creating_schema(connection.info))
 
     # Appending
 
@@ -276,7 +241,8 @@ class EventStore:
         Constant memory, whatever the length: events are fetched page by page, and no connection is held between
         pages. *event_types* are EventTypes or names. Raises SchemaError without a schema.
         """
-        return _one_by_one(self._selected_pages(after, None, event_types, stream_id, correlation_id, limit))
+        reader = self._selection(after, None, event_types, stream_id, correlation_id, limit)
+        return _one_by_one(self._pages(reader))
 
     def read_batches(
         self,
@@ -290,13 +256,7 @@ class EventStore:
         Batches are smaller at first, and where events are so large that *batch_size* of them exceed 8 MB. A batch
         decodes an event when it is asked for and keeps none: go through it once, or make a list of it.
         """
-        reader = LogReader(
-            self._statements,
-            after=check_after(after),
-            event_names=self._registry.names(event_types),
-            page_rows=check_count(batch_size, "batch_size", least=1),
-        )
-        return self._pages(reader)
+        return self._pages(self._batches(after, event_types, batch_size))
 
     def read_stream(
         self,
@@ -312,14 +272,7 @@ class EventStore:
         Sees what was committed before each page is fetched, the caller's own writes included. A stream without events
         gives none. Their cursors are no checkpoints for reading the log: it may still have gaps before them.
         """
-        reader = StreamReader(
-            self._statements,
-            stream_id=check_stream_id(stream_id),
-            from_version=check_count(from_version, "from_version"),
-            to_version=None if to_version is None else check_count(to_version, "to_version"),
-            backwards=backwards,
-            limit=None if limit is None else check_count(limit, "limit"),
-        )
+        reader = self._stream(stream_id, from_version, to_version, backwards, limit)
         return _one_by_one(self._pages(reader))
 
     def stream_version(self, stream_id: UUID) -> int | None:
@@ -327,16 +280,14 @@ class EventStore:
 
         Reads the head row, without the global barrier: a writer sees its own append at once.
         """
+        check_stream_id(stream_id)
         with self._connection() as connection:
-            row = self._ask(connection, self._statements.stream_version, (check_stream_id(stream_id),)).fetchone()
-        return None if row is None else row[0]
+            return self._talk(connection, self._finding_version(connection.info, stream_id))
 
     def head(self) -> Cursor | None:
         """Return the place of the last event that every reader may see, or None in an empty store."""
         with self._connection() as connection:
-            bound = self._bound(connection)
-            row = self._ask(connection, self._statements.head, bound[:2]).fetchone()
-        return None if row is None else Cursor(*row)
+            return self._talk(connection, self._finding_head(connection.info))
 
     # Importing
 
@@ -378,31 +329,10 @@ class EventStore:
         what was imported under this id before; and for a rival that runs the same import. SchemaError where an initial
         import finds events, an attached projection, or what would not survive that its tables are exchanged.
         """
-        check_import_id(import_id)
-        if mode not in ("append", "initial"):
-            raise ValueError(f"mode is 'append' or 'initial', not {mode!r}")
-        if mode == "initial" and (jobs != 1 or dry_run):
-            raise ValueError("mode='initial' goes with jobs=1, and not with dry_run")
-        if on_error != "stop" and not isinstance(on_error, (str, os.PathLike)):
-            raise TypeError(f'on_error is "stop" or a path, not {type(on_error).__name__}')
-        if max_errors is not None and on_error == "stop":
-            raise ValueError("max_errors goes with on_error=PATH")
-        if max_rate is not None and not (isinstance(max_rate, (int, float)) and 0 < max_rate < float("inf")):
-            raise ValueError(f"max_rate must be a positive number of events a second, not {max_rate!r}")
-        options = ImportOptions(
-            import_id,
-            initial=mode == "initial",
-            jobs=check_count(jobs, "jobs", least=1, most=min(MOST_JOBS, self._most_connections)),
-            chunk_size=None if chunk_size is None else check_count(chunk_size, "chunk_size", least=1),
-            reject_path=None if on_error == "stop" else on_error,
-            max_errors=None if max_errors is None else check_count(max_errors, "max_errors"),
-            max_rate=max_rate,
-            dry_run=dry_run,
-            progress=progress,
+        options = self._import_options(
+            import_id, mode, jobs, chunk_size, on_error, max_errors, max_rate, dry_run, progress
         )
-        with self._connection() as connection:
-            generation = self._prepare_to_write(connection).generation
-        return run_import(self._connection, self._statements, source, options, generation)
+        return self._run_import(source, options)
 
     def abandon_import(self, import_id: str) -> None:
         """Give up an initial import that is not finished: what it loaded is dropped, and the store is empty and open.
@@ -449,8 +379,8 @@ class EventStore:
         Raises OSError where the target cannot be written (BrokenPipeError for a reader that went away), SchemaError
         without a schema, and MalformedRow for a time outside the years 1 to 9999, which nothing of this library stores.
         """
-        pages = self._selected_pages(after, until, event_types, stream_id, correlation_id, limit)
-        return run_export(pages, target, overwrite=overwrite, progress=progress)
+        reader = self._selection(after, until, event_types, stream_id, correlation_id, limit)
+        return run_export(self._pages(reader), target, overwrite=overwrite, progress=progress)
 
     # How the store asks
 
@@ -458,157 +388,106 @@ class EventStore:
     def _connection(self, timeout: float | None = None) -> Generator[Connection, None, None]:
         """Lend a connection in autocommit mode, whatever the mode of the pool it comes from."""
         if not self._open:
-            raise StoreClosed(f"{self!r} is not open: use it in a with statement, or call open()")
-        with self.pool.connection(self._timeout if timeout is None else timeout) as connection:
-            check_encodings(connection.info)
-            if connection.autocommit:
-                yield connection
+            raise self._not_open()
+        deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
+        while True:
+            with self.pool.connection(deadline - time.monotonic()) as connection:
+                if server_has_gone(connection):
+                    # Not by close(), which may only hand it back: the pool makes another, and we take the next one.
+                    connection.pgconn.finish()
+                    continue
+                check_encodings(connection.info)
+                if connection.autocommit:
+                    yield connection
+                    return
+                try:
+                    connection.autocommit = True
+                    yield connection
+                finally:
+                    # An interrupt can leave a statement under way. Such a connection is not given back: the pool makes
+                    # another, and what was raised is what the caller sees.
+                    if connection.info.transaction_status == TransactionStatus.IDLE:
+                        connection.autocommit = False
+                    else:
+                        connection.pgconn.finish()
                 return
-            try:
-                connection.autocommit = True
-                yield connection
-            finally:
-                # An interrupt can leave a statement under way. Such a connection is not given back: the pool makes
-                # another, and what was raised is what the caller sees.
-                if connection.info.transaction_status == TransactionStatus.IDLE:
-                    connection.autocommit = False
+
+    def _talk(self, connection: Connection, talk: Talk[T], cursor: psycopg.Cursor[Any] | None = None) -> T:
+        """Hold a conversation to its end, and return what it came to."""
+        # A cursor of our own making: a connection may bring another class, and another row factory.
+        cursor = psycopg.Cursor(connection, row_factory=tuple_row) if cursor is None else cursor
+        try:
+            request = next(talk)
+            while True:
+                try:
+                    answer = self._answer(cursor, request)
+                except psycopg.Error as error:
+                    request = talk.throw(error)
                 else:
-                    connection.close()
+                    request = talk.send(answer)
+        except StopIteration as end:
+            found: T = end.value
+            return found
+
+    def _answer(self, cursor: psycopg.Cursor[Any], request: Request) -> Answer:
+        if request.answers == "nothing":
+            cursor.execute(request.statement)
+            return Answer([], None)
+        # Unprepared: a plan that was cached while the table was small serves a large one badly, and planning
+        # costs 0.1 ms of the 8 that a page takes.
+        cursor.execute(request.statement, request.parameters, binary=True, prepare=False)
+        return Answer(cursor.fetchall() if request.answers == "values" else [], cursor.pgresult)
 
     def _ask(self, connection: Connection, statement: bytes, parameters: Sequence[Any] = ()) -> psycopg.Cursor[Any]:
-        """Run a statement in binary format. Raises SchemaError where the tables are missing."""
-        # A cursor of our own making: a connection may bring another class, and another row factory.
+        """Run one statement, for its rows. Raises SchemaError where the tables are missing."""
         cursor = psycopg.Cursor(connection, row_factory=tuple_row)
-        try:
-            # Unprepared: a plan that was cached while the table was small serves a large one badly, and planning
-            # costs 0.1 ms of the 8 that a page takes.
-            return cursor.execute(statement, parameters, binary=True, prepare=False)
-        except (errors.UndefinedTable, errors.InvalidSchemaName, errors.UndefinedFunction) as error:
-            if connection.info.transaction_status == TransactionStatus.IDLE:
-                check_layout(self.schema, self._found_layout(connection))
-            raise SchemaError(f"schema {self.schema!r} is not complete: {error}", schema=self.schema) from error
-        except psycopg.Error as error:
-            if (refusal := refusal_of(error, self.schema)) is not None:
-                raise refusal from error
-            raise
+        # "events": whatever the rows are, they stay with the cursor.
+        self._talk(connection, self._asking(connection.info, Request(statement, tuple(parameters), "events")), cursor)
+        return cursor
 
-    def _check_store(self, connection: Connection) -> None:
-        check_encodings(connection.info)
-        layout = self._found_layout(connection)
-        if layout is not None:
-            check_layout(self.schema, layout)
-            with suppress(errors.InsufficientPrivilege, errors.ReadOnlySqlTransaction):
-                # Who may only read leaves it to the first who writes; where it matters to readers they are refused.
-                self._prepare_to_write(connection)
-
-    def _found_layout(self, connection: Connection) -> int | None:
-        cursor = psycopg.Cursor(connection, row_factory=tuple_row)
-        row = cursor.execute(FOUND_TABLE, (f"{self._statements.quoted_schema}.store_meta",)).fetchone()
-        if row is None or row[0] is None:
-            return None
-        row = cursor.execute(self._statements.found_layout, ()).fetchone()
-        return None if row is None else int(row[0])
+    def _bound(self, connection: Connection) -> tuple[Any, ...]:
+        return self._talk(connection, self._finding_bound(connection.info))
 
     def _prepare_to_write(self, connection: Connection) -> StoreMeta:
-        """Return what the store says of itself, with a sequence that lags or changed hands moved on first."""
-        row = self._ask(connection, self._statements.store_meta).fetchone()
-        if row is None:
-            raise SchemaError(f"schema {self.schema!r} has lost its row of store_meta", schema=self.schema)
-        meta = StoreMeta(*row)
-        if meta.sequence_lags or not meta.same_server:
-            self._ask(connection, self._statements.advance_sequence)
-        return meta
+        return self._talk(connection, self._preparing_to_write(connection.info))
 
-    def _selected_pages(
-        self,
-        after: Cursor,
-        until: Cursor | None,
-        event_types: Iterable[EventType[Any] | str] | None,
-        stream_id: UUID | None,
-        correlation_id: UUID | None,
-        limit: int | None,
-    ) -> Iterator[Sequence[RecordedEvent]]:
-        """Check what was asked for, and return its pages; nothing is asked of the server before the first."""
-        check_after(after)
-        check_until(until)
-        names = self._registry.names(event_types)
-        check_correlation_id(correlation_id)
-        limit = None if limit is None else check_count(limit, "limit")
-        reader: PageReader
-        if stream_id is None:
-            reader = LogReader(
-                self._statements,
-                after=after,
-                until=until,
-                event_names=names,
-                correlation_id=correlation_id,
-                limit=limit,
-            )
-        else:
-            reader = StreamLogReader(
-                self._statements,
-                stream_id=check_stream_id(stream_id),
-                after=after,
-                until=until,
-                event_names=names,
-                correlation_id=correlation_id,
-                limit=limit,
-            )
-        return self._pages(reader)
+    def _run_import(self, source: ImportSource, options: ImportOptions) -> ImportReport:
+        with self._connection() as connection:
+            generation = self._prepare_to_write(connection).generation
+        return run_import(self._connection, self._statements, source, options, generation)
 
     def _pages(self, reader: PageReader) -> Iterator[Sequence[RecordedEvent]]:
+        walk = PageWalk(reader, self._registry.decode_payload)
         ahead: PageAhead | None = None
-        pace = Pace()
-        while (request := reader.request()) is not None:
+        while (request := walk.due()) is not None:
             # A page that could not be had ahead is asked for once more, so that what is wrong with it shows here.
             result = ahead.result() if ahead is not None else None
             ahead = None
             if result is not None:
-                events = reader.take(None, result, self._registry.decode_payload)
+                events = walk.take(Answer([], result), ahead=True)
             else:
-                began = time.monotonic()
                 try:
                     with self._connection() as connection:
-                        events = self._answer(connection, reader, request)
+                        answer = self._talk(connection, self._asking(connection.info, request))
                 except psycopg.Error as error:
-                    if not reader.renew(error.sqlstate):
-                        raise
+                    walk.renew(error)
                     continue
-                if events:
-                    pace.fetched(len(events), time.monotonic() - began)
+                events = walk.take(answer, ahead=False)
             if events:
-                if pace.fetch_ahead:
-                    ahead = self._page_ahead(reader)
-                pace.give(len(events))
+                following = walk.following()
+                ahead = self._page_ahead(following) if following is not None else None
+                walk.give(events)
                 yield events
-                pace.come_back()
+                walk.come_back()
 
-    def _page_ahead(self, reader: PageReader) -> PageAhead | None:
-        """Ask for the next page of events now, if that is what comes next and a connection is free."""
-        request = reader.request() if reader.fixed else None
-        if request is None or request.answers != "events":
-            return None
+    def _page_ahead(self, request: Request) -> PageAhead | None:
+        """Ask for a page now, if a connection is free."""
         with ExitStack() as stack:
             try:
                 connection = stack.enter_context(self._connection(timeout=READ_AHEAD_PATIENCE_S))
             except (psycopg.OperationalError, StoreClosed):
                 return None
             return PageAhead(request, connection, stack.pop_all())
-
-    def _bound(self, connection: Connection) -> tuple[Any, ...]:
-        """What READ_BARRIER answers, once what stands still and blocks it has been ended."""
-        (bound,) = self._ask(connection, self._statements.read_barrier)
-        blocked = bound[3]
-        if blocked and tell_of_stalled(self._ask(connection, self._statements.end_stalled, (MAX_HOLD_S,)).fetchall()):
-            (bound,) = self._ask(connection, self._statements.read_barrier)
-        return tuple(bound)
-
-    def _answer(self, connection: Connection, reader: PageReader, request: Request) -> Sequence[RecordedEvent]:
-        cursor = self._ask(connection, request.statement, request.parameters)
-        result = cursor.pgresult
-        assert result is not None
-        rows = None if request.answers == "events" else cursor.fetchall()
-        return reader.take(rows, result, self._registry.decode_payload)
 
 
 def _configure(connection: Connection) -> None:
