@@ -12,9 +12,9 @@ import psycopg
 
 from .append_call import (
     COPY_FROM_BYTES,
+    GROUP_PATIENCE,
     LONE_PATIENCE,
     MOST_IDLE,
-    GROUP_PATIENCE,
     AppendCall,
     Attempts,
     begins_transaction,
@@ -33,8 +33,8 @@ Connection = psycopg.Connection[Any]
 class Appender:
     """Carries out the appends of one store.
 
-    ``lend(timeout_s)`` gives a connection in autocommit mode, of *most_connections*; ``prepare(connection)`` returns the
-    generation under which the store may write, after it has moved on a sequence that lags or changed hands.
+    ``lend(timeout_s)`` gives a connection in autocommit mode, of *most_connections*; ``prepare(connection)`` returns
+    the generation under which the store may write, after it has moved on a sequence that lags or changed hands.
     """
 
     def __init__(
