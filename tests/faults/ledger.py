@@ -85,6 +85,12 @@ class Ledger:
         with self._lock:
             return sum(record["outcome"] == outcome for record in self._outcomes.values())
 
+    def unknown(self) -> list[str]:
+        """The keys of appends that nobody has answered, or could."""
+        with self._lock:
+            settled = {key for key, record in self._outcomes.items() if record["outcome"] != "unknown"}
+            return [key for key in self._begun if key not in settled]
+
     def errors(self) -> Counter[str]:
         """By their names, how often something else came back than a result."""
         with self._lock:

@@ -19,9 +19,9 @@ from uuid import UUID
 
 import psycopg
 import pytest
-from ledger import Ledger, Record, Row, acknowledged, begun, event, failed
 
 from hindsight_fast import ANY, NO_STREAM, Cursor, EventStore, StreamWrite, stream_uuid
+from ledger import Ledger, Record, Row, acknowledged, begun, event, failed
 
 DEADLINE_S = 60.0
 

@@ -12,8 +12,11 @@ from uuid import UUID, uuid4
 
 import psycopg
 import pytest
-from ledger import Ledger, acknowledged, begun, event, failed
 from psycopg import sql
+
+from hindsight_fast import ANY, AppendResult, ConcurrencyConflict, EventStore, StreamWrite, VersionMismatch
+from hindsight_fast.embedded import EmbeddedServer
+from ledger import Ledger, acknowledged, begun, event, failed
 from rivals import (
     BY_LENT,
     BY_STORE,
@@ -28,9 +31,6 @@ from rivals import (
     wait_until,
     waiting_for_locks,
 )
-
-from hindsight_fast import ANY, AppendResult, ConcurrencyConflict, EventStore, StreamWrite, VersionMismatch
-from hindsight_fast.embedded import EmbeddedServer
 
 SOAK_MINUTES = int(os.environ.get("HINDSIGHT_SOAK", "0"))
 
