@@ -14,6 +14,7 @@ from .errors import (
     MalformedRow,
     SchemaError,
     StoreClosed,
+    WaitTimeout,
 )
 from .events import EventType, NewEvent
 from .exporter import ExportProgress
@@ -61,5 +62,6 @@ __all__ = [
     "StreamWrite",
     "Transaction",
     "VersionMismatch",
+    "WaitTimeout",
     "stream_uuid",
 ]

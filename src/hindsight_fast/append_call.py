@@ -9,7 +9,8 @@ import random
 import struct
 import time
 from collections.abc import Generator, Sequence
-from hashlib import blake2b
+from contextlib import suppress
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -64,8 +65,8 @@ class AppendCall:
 
     def __init__(self, statements: Statements) -> None:
         self._schema = statements.schema
-        self._many = (_name_of(statements.append), statements.append)
-        self._one = (_name_of(statements.append_one), statements.append_one)
+        self._many = _named(statements.append)
+        self._one = _named(statements.append_one)
         self._begin_append = numbered(statements.begin_append)
         self._begin_copy = numbered(statements.begin_copy)
         self._copy_events = statements.copy_events
@@ -137,17 +138,15 @@ class AppendCall:
             try:
                 if name not in prepared:
                     pgconn.send_prepare(name, statement)
-                    yield from self._results(pgconn)
+                    # Known to the session already, if another store shares this pool.
+                    with suppress(errors.DuplicatePreparedStatement):
+                        yield from self._results(pgconn)
                     prepared.add(name)
                 pgconn.send_query_prepared(name, parameters, [Format.BINARY] * len(parameters), Format.BINARY)
                 (result,) = yield from self._results(pgconn)
             except errors.InvalidSqlStatementName:
                 # Forgotten: DISCARD ALL, or a pooler that gave another session. The other call may be known there.
                 prepared.discard(name)
-                raise
-            except errors.DuplicatePreparedStatement:
-                # Another store's, over the same connection or behind the same pooler: by its name it is the same call.
-                prepared.add(name)
                 raise
         answer = result.get_value(0, 0)
         assert answer is not None
@@ -247,10 +246,9 @@ class AppendCall:
         return results
 
 
-def _name_of(statement: bytes) -> bytes:
-    """Under which name a call is prepared. By a digest: of 64 bytes PostgreSQL forgets those behind the 63rd, and two
-    schemas with long names would have called the one's function for the other's."""
-    return b"hindsight_fast append " + blake2b(statement, digest_size=8).hexdigest().encode()
+def _named(statement: bytes) -> tuple[bytes, bytes]:
+    """A statement under a name that no other statement has."""
+    return b"hindsight_fast " + sha256(statement).hexdigest()[:32].encode(), statement
 
 
 def check_lent(connection: Any, kind: type[Any]) -> None:
@@ -332,7 +330,7 @@ class Attempts:
             # Somebody brought an id after it was looked for, or it was not looked for.
             self._request.look_up = True
             return self._once_more("ids")
-        if isinstance(error, (errors.InvalidSqlStatementName, errors.DuplicatePreparedStatement)):
+        if isinstance(error, errors.InvalidSqlStatementName):
             return self._once_more("prepare")
         if server_changed(error):
             self.advance_sequence = True

@@ -11,6 +11,7 @@
     ├── SchemaError              tables missing, newer than this code, or in a state that forbids the call
     ├── ImportFailed             an import stopped; all before the reported line's chunk is stored, nothing after it
     ├── EmbeddedServerError      a private PostgreSQL server could not be found, made or started
+    ├── WaitTimeout              what was waited for did not come in time (also a TimeoutError)
     └── StoreClosed              a store was used before open() or after close()
 
 Wrong use (a negative version, a naive datetime) is a plain ``TypeError`` or ``ValueError``, raised before any I/O.
@@ -58,6 +59,10 @@ class SchemaError(HindsightError):
         super().__init__(message)
         self.schema = schema
         self.found_layout = found_layout
+
+
+class WaitTimeout(HindsightError, TimeoutError):
+    """What was waited for did not come in time."""
 
 
 class EmbeddedServerError(HindsightError):

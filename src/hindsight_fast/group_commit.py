@@ -15,6 +15,7 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 from uuid import UUID
 
 from .append_request import AppendRequest, Outcome
+from .errors import WaitTimeout
 
 LANES: Final = 2
 """Groups on their way at the same time: while one is being flushed the next is worked on."""
@@ -63,23 +64,22 @@ class GroupQueue(Generic[E]):
 
     def add(self, entry: E) -> list[E] | None:
         """Take *entry* in. Returns the group that is to leave now, if a lane is free; otherwise it waits."""
-        waiting, groups = self._state
-        waiting.append(entry)
-        return self._leave(waiting, groups) if len(groups) < self._lanes else None
+        self.enqueue(entry)
+        return self.depart()
 
-    def arrived(self, leader: E) -> list[E] | None:
-        """The group of *leader* has arrived. Returns the one that takes its lane, None if nobody waits.
+    def enqueue(self, entry: E) -> None:
+        """Take *entry* in, to wait."""
+        self._state[0].append(entry)
 
-        Harmless to repeat.
-        """
+    def depart(self) -> list[E] | None:
+        """Return a group that is to leave now; None if no lane is free, or nobody waits."""
         waiting, groups = self._state
-        if leader not in groups:
-            return None
-        others = {each: group for each, group in groups.items() if each is not leader}
-        if waiting:
-            return self._leave(waiting, others)
-        self._state = (waiting, others)
-        return None
+        return self._leave(waiting, groups) if waiting and len(groups) < self._lanes else None
+
+    def arrived(self, leader: E) -> None:
+        """The group of *leader* has arrived. Harmless to repeat."""
+        waiting, groups = self._state
+        self._state = (waiting, {each: group for each, group in groups.items() if each is not leader})
 
     def withdraw(self, entry: E) -> bool:
         """Take a waiting *entry* out. False if it has left already."""
@@ -160,7 +160,7 @@ class GroupCommit:
     def submit(self, request: AppendRequest, timeout_s: float) -> Outcome | None:
         """Have *request* carried out with others'. None: it was not, or nobody knows, and it is to be tried alone.
 
-        So it is as well if nothing has become of it in time. Raises TimeoutError if so many wait that there is no room
+        So it is as well if nothing has become of it in time. Raises WaitTimeout if so many wait that there is no room
         for it in time.
         """
         me = _Waiter(request)
@@ -168,7 +168,7 @@ class GroupCommit:
         try:
             with self._lock:
                 if self._queue.full and not self._room.wait_for(lambda: not self._queue.full, timeout_s):
-                    raise TimeoutError(f"{len(self._queue)} appends wait, and there was no room for {timeout_s:g} s")
+                    raise WaitTimeout(f"{len(self._queue)} appends wait, and there was no room for {timeout_s:g} s")
                 me.group = self._queue.add(me)
             while me.group is None and not me.awake.acquire(timeout=min(LOOK_ROUND_S, timeout_s)):
                 if self._look_round(me, late=time.monotonic() > deadline):
@@ -196,11 +196,15 @@ class GroupCommit:
     def _end(self, leader: _Waiter) -> None:
         """Give the lane to who waits."""
         with self._lock:
-            following = self._queue.arrived(leader)
-            if following:
-                following[0].group = following
-                following[0].awake.release()
-            self._room.notify_all()
+            self._queue.arrived(leader)
+            self._send_next()
+
+    def _send_next(self) -> None:
+        following = self._queue.depart()
+        if following:
+            following[0].group = following
+            following[0].awake.release()
+        self._room.notify_all()
 
     def _give_up(self, me: _Waiter) -> None:
         """Interrupted, wherever it was. Whoever was in its group finds out by itself."""
@@ -211,6 +215,7 @@ class GroupCommit:
     def _look_round(self, me: _Waiter, *, late: bool) -> bool:
         """Whether there is nothing to wait for any more, whoever should have said so."""
         with self._lock:
+            self._send_next()
             me.group = self._queue.led_by(me)
             if me.done or me.outcome is not None or me.group is not None:
                 return True

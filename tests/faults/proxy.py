@@ -12,8 +12,8 @@ from typing import Literal, Self
 
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-APPEND = b"append"
-"""Stands in the name of each prepared call, and in no other statement of the store's."""
+APPEND = b"hindsight_fast "
+"""How the name of each prepared call begins; no other statement of the store's has a name."""
 
 
 class CuttingProxy:

@@ -1,0 +1,213 @@
+"""Appending from tasks: in groups, alone, or over the caller's own connection. What appending does for threads."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+import psycopg
+
+from .append_call import (
+    COPY_FROM_BYTES,
+    GROUP_PATIENCE,
+    LONE_PATIENCE,
+    MOST_IDLE,
+    AppendCall,
+    Attempts,
+    begins_transaction,
+    check_lent,
+    note_loss,
+    result_of,
+    server_changed,
+)
+from .append_request import AppendRequest, Outcome
+from .errors import WaitTimeout
+from .group_commit import LANES, GroupQueue
+from .writes import AppendResult
+
+Connection = psycopg.AsyncConnection[Any]
+
+
+class AsyncAppender:
+    """Carries out the appends of one store.
+
+    ``lend()`` gives a connection in autocommit mode; ``prepare(connection)`` returns the generation under which the
+    store may write, after it has moved on a sequence that lags or changed hands.
+    """
+
+    def __init__(
+        self,
+        lend: Callable[[], AbstractAsyncContextManager[Connection]],
+        prepare: Callable[[Connection], Awaitable[int]],
+        call: AppendCall,
+        *,
+        timeout_s: float,
+        group_commit: bool,
+    ) -> None:
+        self._lend = lend
+        self._prepare = prepare
+        self._timeout_s = timeout_s
+        self._call = call
+        self._groups = AsyncGroupCommit(self._run_group) if group_commit else None
+        self._generation: int | None = None
+
+    async def append(self, request: AppendRequest) -> AppendResult:
+        """Append *request*.
+
+        Raises ConcurrencyConflict, IdempotencyConflict, AppendOutcomeUnknown, SchemaError, or psycopg's own errors.
+        """
+        if not request.writes:
+            return AppendResult(None)
+        if self._groups is not None and request.byte_count < COPY_FROM_BYTES:
+            result = result_of(await self._groups.submit(request, self._timeout_s))
+            if result is not None:
+                return result
+        attempts = Attempts(request, self._timeout_s)
+        while True:
+            try:
+                async with self._lend() as connection:
+                    if attempts.advance_sequence:
+                        self._generation, attempts.advance_sequence = None, False
+                    generation = await self._ready(connection)
+                    try:
+                        async with connection.lock:
+                            return await connection.wait(
+                                self._call.one(connection, request, generation, patience=LONE_PATIENCE)
+                            )
+                    except BaseException as error:
+                        note_loss(connection, [request], error)
+                        raise
+            except Exception as error:  # noqa: BLE001 - raised again unless it is worth another attempt
+                delay_s = attempts.after(error)
+            await asyncio.sleep(delay_s)
+
+    async def append_on(self, connection: Connection, request: AppendRequest) -> AppendResult:
+        """Append *request* within the transaction of the caller's *connection*.
+
+        One is begun where the connection is not in autocommit mode. Raises as ``append`` does; after a
+        ConcurrencyConflict or an IdempotencyConflict that transaction can go on.
+        """
+        check_lent(connection, psycopg.AsyncConnection)
+        if not request.writes:
+            return AppendResult(None)
+        generation = self._generation
+        if generation is None:
+            async with self._lend() as own:
+                generation = await self._ready(own)
+        if begins_transaction(connection):
+            await psycopg.AsyncCursor(connection).execute("SELECT 1")  # psycopg begins it as the connection is set to
+        try:
+            async with connection.lock:
+                return await connection.wait(
+                    self._call.one(connection, request, generation, most_idle=MOST_IDLE, prepare=False)
+                )
+        except Exception as error:
+            if server_changed(error):
+                # Not to be mended in a transaction that has failed: the next append begins with it.
+                self._generation = None
+            raise
+
+    async def _run_group(self, requests: Sequence[AppendRequest]) -> Sequence[Outcome]:
+        async with self._lend() as connection:
+            generation = await self._ready(connection)
+            try:
+                async with connection.lock:
+                    return await connection.wait(
+                        self._call.group(connection, requests, generation, patience=GROUP_PATIENCE)
+                    )
+            except BaseException as error:
+                note_loss(connection, requests, error)
+                raise
+
+    async def _ready(self, connection: Connection) -> int:
+        if self._generation is None:
+            self._generation = await self._prepare(connection)
+        return self._generation
+
+
+class _Entry:
+    """A task's request, and what becomes of it."""
+
+    __slots__ = ("leader", "outcome", "request")
+
+    def __init__(self, request: AppendRequest, outcome: asyncio.Future[Outcome | None]) -> None:
+        self.request = request
+        self.leader: _Entry | None = None
+        self.outcome = outcome
+
+
+class AsyncGroupCommit:
+    """Group commit among tasks of one loop. Each group is carried out by a task of its own: to cancel a caller cancels
+    nobody else's append.
+
+    *run* carries out requests in one transaction, and returns an outcome for each. If it raises, each request of the
+    group is left to its own caller.
+    """
+
+    def __init__(
+        self, run: Callable[[Sequence[AppendRequest]], Awaitable[Sequence[Outcome]]], lanes: int = LANES
+    ) -> None:
+        self._run = run
+        self._queue: GroupQueue[_Entry] = GroupQueue(lanes)
+        self._departing = False  # a departure stands in the loop already
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._held_back: deque[asyncio.Future[None]] = deque()
+
+    async def submit(self, request: AppendRequest, timeout_s: float) -> Outcome | None:
+        """Have *request* carried out with others'. None: it was not, and it is to be tried alone.
+
+        Raises WaitTimeout if so many wait that there is no room for it in time. To cancel it takes it out, unless it
+        has left: then it may be carried out all the same.
+        """
+        loop = asyncio.get_running_loop()
+        if self._queue.full:
+            await self._wait_for_room(loop, timeout_s)
+        me = _Entry(request, loop.create_future())
+        self._queue.enqueue(me)
+        if not self._departing:
+            # Not at once: whoever wants to append in this same turn of the loop leaves together.
+            self._departing = True
+            loop.call_soon(self._depart)
+        try:
+            return await me.outcome
+        except asyncio.CancelledError:
+            self._queue.withdraw(me)
+            raise
+
+    def _depart(self) -> None:
+        self._departing = False
+        while (group := self._queue.depart()) is not None:
+            task = asyncio.create_task(self._lead(group))
+            self._tasks.add(task)  # the loop itself keeps no strong reference
+            task.add_done_callback(self._tasks.discard)
+        while self._held_back and not self._queue.full:
+            waiter = self._held_back.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                break  # it takes its place before the next one looks
+
+    async def _lead(self, group: list[_Entry]) -> None:
+        outcomes: Sequence[Outcome | None] = [None] * len(group)
+        try:
+            outcomes = await self._run([entry.request for entry in group])
+        except Exception:  # noqa: BLE001 - each tries alone, and meets what concerns it
+            pass
+        finally:
+            self._queue.arrived(group[0])
+            self._depart()
+            for entry, outcome in zip(group, outcomes, strict=True):
+                if not entry.outcome.done():
+                    entry.outcome.set_result(outcome)
+
+    async def _wait_for_room(self, loop: asyncio.AbstractEventLoop, timeout_s: float) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self._queue.full:
+                    waiter = loop.create_future()
+                    self._held_back.append(waiter)
+                    await waiter
+        except TimeoutError:
+            raise WaitTimeout(f"{len(self._queue)} appends wait, and there was no room for {timeout_s:g} s") from None
