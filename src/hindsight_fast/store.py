@@ -28,7 +28,7 @@ from .import_initial import abandon_initial
 from .import_source import ImportSource
 from .importer import ImportOptions, ImportProgress, ImportReport, check_import_id, run_import
 from .read_ahead import PageAhead
-from .reading import PAGE_ROWS, PageReader, Request, check_count, check_stream_id
+from .reading import PAGE_ROWS, PageReader, Request, check_correlation_id, check_count, check_stream_id
 from .schema import StoreMeta
 from .statements import SESSION_SETTINGS
 from .store_base import READ_AHEAD_PATIENCE_S, Answer, PageWalk, StoreBase, Talk
@@ -81,6 +81,7 @@ class EventStore(StoreBase):
             AppendCall(self._statements),
             timeout_s=timeout,
             group_commit=group_commit,
+            most_connections=self._most_connections,
         )
 
     @property
@@ -217,7 +218,7 @@ class EventStore(StoreBase):
     def _append(
         self, writes: Sequence[StreamWrite], correlation_id: UUID | None, connection: Connection | None
     ) -> AppendResult:
-        request = self._append_request(writes, correlation_id)
+        request = self._append_request(writes, correlation_id, connection, psycopg.Connection)
         if connection is None:
             return self._appender.append(request)
         return self._appender.append_on(connection, request)
