@@ -17,9 +17,11 @@ __all__ = [
     "Cursor",
     "EventBatch",
     "EventRows",
+    "LineEncoder",
     "RecordedEvent",
     "ResultReader",
     "check_fields",
+    "count_newlines",
     "decode_result",
     "decode_row",
     "export_lines",
@@ -162,3 +164,11 @@ def group_parameters(
 ) -> tuple[list[bytes | None], list[int], list[int]]: ...
 def int_array(data: Buffer | None) -> list[int | None]: ...
 def row_values(rows: EventRows, index: int) -> list[bytes | None]: ...
+def count_newlines(text: Buffer) -> int: ...
+
+@final
+class LineEncoder:
+    def __init__(self, stream_ids: dict[str, bytes], find_stream: Callable[[str], bytes], first_id: bytes) -> None: ...
+    def encode(
+        self, block: Buffer, start: int, line_count: int, line_no: int, offset: int, shards: Iterable[EventRows]
+    ) -> tuple[int, int, list[tuple[bytes, bytes]]]: ...

@@ -18,6 +18,7 @@ from psycopg import errors
 from psycopg.pq import TransactionStatus
 
 from ._core import Cursor, RecordedEvent
+from .append_request import AppendRequest
 from .connecting import check_encodings, find_conninfo, shown_conninfo
 from .errors import SchemaError, StoreClosed
 from .event_registry import EventRegistry
@@ -43,6 +44,8 @@ from .statements import FOUND_TABLE, Statements
 
 if TYPE_CHECKING:
     from psycopg.pq.abc import PGresult
+
+    from .writes import StreamWrite
 
 T = TypeVar("T")
 
@@ -176,6 +179,12 @@ class StoreBase:
         return rows[0][0] if rows else None
 
     # What may be asked for, checked before anything is sent
+
+    def _append_request(self, writes: Sequence[StreamWrite], correlation_id: UUID | None) -> AppendRequest:
+        request = AppendRequest(writes, self._registry.new_event, check_correlation_id(correlation_id))
+        if not self._open:
+            raise self._not_open()
+        return request
 
     def _selection(
         self,

@@ -132,6 +132,12 @@ class StreamHistory:
     expected: Expected
 
 
+def history_of(events: Sequence[RecordedEvent]) -> StreamHistory:
+    """Return the history that all *events* of a stream make."""
+    version = events[-1].stream_version if events else None
+    return StreamHistory(tuple(events), version, NO_STREAM if version is None else version)
+
+
 @dataclass(frozen=True, slots=True)
 class AppendResult:
     """What an append did.
