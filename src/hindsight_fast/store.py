@@ -28,7 +28,7 @@ from .import_initial import abandon_initial
 from .import_source import ImportSource
 from .importer import ImportOptions, ImportProgress, ImportReport, check_import_id, run_import
 from .read_ahead import PageAhead
-from .reading import PAGE_ROWS, PageReader, Request, check_count, check_stream_id
+from .reading import PAGE_ROWS, PageReader, Request, check_correlation_id, check_count, check_stream_id
 from .schema import StoreMeta
 from .statements import SESSION_SETTINGS
 from .store_base import READ_AHEAD_PATIENCE_S, Answer, PageWalk, StoreBase, Talk
