@@ -29,6 +29,7 @@ from hindsight_fast import (
 
 STREAM_COUNT = 4
 LONG_AGO = datetime(2001, 2, 3, 4, 5, 6, 789, tzinfo=UTC)
+LATER = datetime(2002, 1, 1, tzinfo=UTC)
 
 # --- The model --------------------------------------------------------------------------------------------------------
 
@@ -167,11 +168,16 @@ class PlainLog:
 
 
 def seen(event: RecordedEvent) -> PlainStored:
-    """A recorded event in the model's words; its time is the server's unless it is the only one that plans give."""
+    """A recorded event in the model's words."""
     return PlainStored(
         event.cursor, event.event_id, event.stream_id, event.stream_version, event.name, event.version, event.data,
-        event.metadata_json, event.correlation_id, LONG_AGO if event.created_at == LONG_AGO else None,
+        event.metadata_json, event.correlation_id, _given(event.created_at),
     )  # fmt: skip
+
+
+def _given(created_at: datetime) -> datetime | None:
+    """The time if it is one that plans give; otherwise it is the server's."""
+    return created_at if created_at in (LONG_AGO, LATER) else None
 
 
 def stored_in(
@@ -194,7 +200,7 @@ def stored_in(
     events = [
         PlainStored(
             Cursor(number, place), event_id, stream_id, stream_version, name, version, data.encode(),
-            None if metadata is None else metadata.encode(), cause, LONG_AGO if created_at == LONG_AGO else None,
+            None if metadata is None else metadata.encode(), cause, _given(created_at),
         )
         for number, place, event_id, stream_id, stream_version, name, version, data, metadata, cause, created_at in rows
     ]  # fmt: skip
@@ -315,7 +321,7 @@ class Append:
             case "a part":
                 return replace(self, writes=(*writes[:-1], replace(writes[-1], events=writes[-1].events[:1])))
             case "time":
-                return self._with_events(lambda _, event: replace(event, created_at=datetime(2002, 1, 1, tzinfo=UTC)))
+                return self._with_events(lambda _, event: replace(event, created_at=LATER))
             case "correlation":
                 return replace(self, correlation_id=uuid4())
             case "one more":

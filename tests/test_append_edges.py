@@ -176,7 +176,13 @@ def test_right_use_asks_for_a_connection(exhausted: EventStore) -> None:
             use()
 
 
-@pytest.mark.parametrize(("misuse", "error", "message"), MISUSES.values(), ids=MISUSES)
+# What an append is made of is looked at before the store is; over what it is to go, behind that.
+MISUSES_OF_A_CLOSED_STORE = {name: each for name, each in MISUSES.items() if name != "a connection that is none"}
+
+
+@pytest.mark.parametrize(
+    ("misuse", "error", "message"), MISUSES_OF_A_CLOSED_STORE.values(), ids=MISUSES_OF_A_CLOSED_STORE
+)
 def test_wrong_use_of_a_closed_store_is_still_named(
     misuse: Callable[[EventStore], object], error: type[Exception], message: str
 ) -> None:

@@ -29,7 +29,7 @@ from .exporter import ExportProgress, run_export
 from .idle_check import server_has_gone
 from .import_source import ImportSource
 from .importer import ImportProgress, ImportReport, check_import_id
-from .reading import PAGE_ROWS, PageReader, Request, check_count, check_stream_id
+from .reading import PAGE_ROWS, PageReader, Request, check_correlation_id, check_count, check_stream_id
 from .statements import SESSION_SETTINGS
 from .store import EventStore
 from .store_base import READ_AHEAD_PATIENCE_S, Answer, PageWalk, StoreBase, Talk
@@ -194,6 +194,7 @@ class AsyncEventStore(StoreBase):
         See ``EventStore.update_stream``. *decide* may be a coroutine function.
         """
         check_count(attempts, "attempts", least=1)
+        check_correlation_id(correlation_id)
         for attempt in range(attempts):
             history = await self.load_stream(stream_id)
             decided = decide(history.events)
