@@ -338,18 +338,22 @@ def test_a_sequence_with_a_cache_is_refused_by_name_and_mends(database: str, sto
     follower.check(ledger.check(database))
 
 
-def test_a_number_drawn_twice_is_no_error_of_the_callers(database: str, store: EventStore) -> None:
+@pytest.mark.parametrize("group_commit", [True, False])
+def test_a_number_drawn_twice_is_no_error_of_the_callers(database: str, group_commit: bool) -> None:
     """The sequence was put back while an append was open, whose number nobody can see yet."""
-    ledger, follower = Ledger(), Follower(store)
-    append(store, ledger, "before")
-    with psycopg.connect(database) as lent:
-        append(store, ledger, "open", connection=lent)
-        execute(database, ONE_BACK)
-        with Threads(lambda: append(store, ledger, "with the same number")):
-            wait_until(lambda: _waits(database), what="it waits to see whose number it is")
-            lent.commit()
-    follower.look()
-    follower.check(ledger.check(database))
+    ledger = Ledger()
+    with EventStore(database, group_commit=group_commit) as store:
+        store.create_schema()
+        follower = Follower(store)
+        append(store, ledger, "before")
+        with psycopg.connect(database) as lent:
+            append(store, ledger, "open", connection=lent)
+            execute(database, ONE_BACK)
+            with Threads(lambda: append(store, ledger, "with the same number")):
+                wait_until(lambda: _waits(database), what="it waits to see whose number it is")
+                lent.commit()
+        follower.look()
+        follower.check(ledger.check(database))
 
 
 def test_a_lent_connection_is_refused_once_and_the_next_append_repairs(database: str, store: EventStore) -> None:
