@@ -143,6 +143,16 @@ def git_history(folder: Path) -> DataSet:
         return DataSet("git history", path, sum(1 for _ in lines))
 
 
+@pytest.fixture(scope="session")
+def real_webhooks() -> list[bytes]:
+    """Real webhooks, a line each; skipped where the file is not there."""
+    path = REAL_DATA_FOLDER / "github-webhooks.ndjson.gz"
+    if not path.exists():
+        pytest.skip("needs the real data shared/data/github-webhooks.ndjson.gz, which is not part of the checkout")
+    with gzip.open(path) as lines:
+        return list(lines)
+
+
 def _disk_of(path: Path) -> str:
     """The kind of the file system that *path* lies on, and of its disk; no names of either."""
     resolved = path.resolve()

@@ -3,7 +3,8 @@
     pytest --postgres=newest|oldest|all|ci|<major>
 
 A test gets what it asks for: ``server`` (session), ``database`` (a conninfo), ``connection`` (psycopg, autocommit),
-``installation`` (the binaries alone), ``real_data("name.ndjson.gz")`` (a path, or the test is skipped).
+``installation`` (the binaries alone), ``real_data("name.ndjson.gz")`` (a path, or the test is skipped),
+``store_class`` (a test for each kind of store).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from driven_store import DrivenStore
 from hindsight_fast import EventStore
 from hindsight_fast.embedded import EmbeddedServer
 from hindsight_fast.errors import EmbeddedServerError
@@ -172,6 +174,12 @@ def database(server: EmbeddedServer) -> Iterator[str]:
     yield server.conninfo_for(name)
     with psycopg.connect(server.conninfo, autocommit=True) as admin:
         admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+@pytest.fixture(params=[EventStore, DrivenStore], ids=["sync", "async"])
+def store_class(request: pytest.FixtureRequest) -> type[EventStore]:
+    """EventStore, and AsyncEventStore behind the same face: for tests of what both must do alike."""
+    return request.param  # type: ignore[no-any-return]
 
 
 @pytest.fixture

@@ -29,6 +29,10 @@ EVENT_COLUMNS = (
 EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
 UUID_OID = 2950
 BIGINT_OID = 20
+INTEGER_OID = 23
+TEXT_OID = 25
+JSON_OID = 114
+TIMESTAMPTZ_OID = 1184
 
 
 # --- Cursor ---------------------------------------------------------------------------------------------------------
@@ -300,6 +304,130 @@ def _encode_array(element_oid: int, elements: list[bytes]) -> bytes:
     for element in elements:
         array += struct.pack("!i", len(element)) + element
     return array
+
+
+def encode_int_array(element_oid: int, numbers: list[int | None]) -> bytes:
+    """An ``integer[]`` (23) or a ``bigint[]`` (20), which may hold NULLs."""
+    form = "!i" if element_oid == INTEGER_OID else "!q"
+    return _encode_column(element_oid, [None if number is None else struct.pack(form, number) for number in numbers])
+
+
+def decode_int_array(array: bytes) -> list[int | None]:
+    """Read what ``encode_int_array`` wrote, or an array without dimensions. Raises ValueError for anything else."""
+    try:
+        dimensions, _has_null, element_oid = struct.unpack_from("!iiI", array)
+        if element_oid not in (INTEGER_OID, BIGINT_OID) or dimensions not in (0, 1):
+            raise ValueError("not an array of integers")
+        if dimensions == 0:
+            if len(array) > 12:
+                raise ValueError("bytes too many")
+            return []
+        (count,) = struct.unpack_from("!i", array, 12)
+        struct.unpack_from("!i", array, 16)
+        if count < 0:
+            raise ValueError("a negative length")
+        numbers: list[int | None] = []
+        at = 20
+        for _ in range(count):
+            (size,) = struct.unpack_from("!i", array, at)
+            at += 4
+            if size == -1:
+                numbers.append(None)
+                continue
+            if size != (4 if element_oid == INTEGER_OID else 8):
+                raise ValueError(f"an integer of {size} bytes")
+            numbers.append(struct.unpack_from("!i" if size == 4 else "!q", array, at)[0])
+            at += size
+    except struct.error as error:
+        raise ValueError("cut short") from error
+    if at != len(array):
+        raise ValueError("bytes too many")
+    return numbers
+
+
+def _encode_column(element_oid: int, elements: list[bytes | None]) -> bytes:
+    has_null = any(element is None for element in elements)
+    array = struct.pack("!iiIii", 1, has_null, element_oid, len(elements), 1)
+    return array + b"".join(
+        struct.pack("!i", -1) if element is None else struct.pack("!i", len(element)) + element for element in elements
+    )
+
+
+# --- Groups of appends ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PlainWrite:
+    """The events of one stream, and between which versions, or at which cursor, it is expected to be."""
+
+    stream_id: UUID
+    events: list[PlainNewEvent]
+    bounds: tuple[int, int] | None = None
+    cursor: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class PlainRequest:
+    writes: list[PlainWrite]
+
+
+def row_values(event: PlainNewEvent) -> list[bytes | None]:
+    """What the server is given of an event: id, cause, time, name, version, payload, metadata."""
+    moment = event.created_at
+    return [
+        event.event_id.bytes,
+        None if event.correlation_id is None else event.correlation_id.bytes,
+        None if moment is None else struct.pack("!q", (moment - EPOCH) // timedelta(microseconds=1)),
+        event.event_name.encode(),
+        struct.pack("!i", event.event_version),
+        event.payload,
+        event.metadata,
+    ]
+
+
+def group_parameters(requests: list[PlainRequest]) -> tuple[list[bytes | None], list[int], list[int]]:
+    """The 19 arrays of ``append_v1``, a column that is all NULL being none; each write's stream and offset."""
+    writes = [write for request in requests for write in request.writes]
+    streams = sorted({write.stream_id for write in writes}, key=lambda stream_id: stream_id.bytes)
+    totals = [sum(len(write.events) for write in writes if write.stream_id == each) for each in streams]
+    write_streams = [streams.index(write.stream_id) for write in writes]
+    # How far below the advanced head: what it brings itself, and what comes after it.
+    offsets = [
+        sum(len(later.events) for later in writes[n:] if later.stream_id == write.stream_id)
+        for n, write in enumerate(writes)
+    ]
+    rows = [(n + 1, nth, row_values(event)) for n, write in enumerate(writes) for nth, event in enumerate(write.events)]
+    event_ids, causes, times, names, versions, payloads, metadatas = ([row[2][n] for row in rows] for n in range(7))
+    request_nos = [n + 1 for n, request in enumerate(requests) for _ in request.writes]
+    bounds = [write.bounds or (-1, 2**63 - 1) for write in writes]
+    cursors = [write.cursor or (None, None) for write in writes]
+    at_cursor = any(write.cursor for write in writes)
+    bounded = at_cursor or any(write.bounds for write in writes)
+    return (
+        [
+            encode_uuid_array(streams),
+            encode_bigint_array(totals),
+            encode_int_array(INTEGER_OID, list(request_nos)),
+            encode_int_array(INTEGER_OID, [stream + 1 for stream in write_streams]),
+            encode_bigint_array([len(write.events) for write in writes]),
+            encode_bigint_array(offsets),
+            encode_bigint_array([least for least, _ in bounds]) if bounded else None,
+            encode_bigint_array([most for _, most in bounds]) if bounded else None,
+            encode_int_array(BIGINT_OID, [number for number, _ in cursors]) if at_cursor else None,
+            encode_int_array(INTEGER_OID, [place for _, place in cursors]) if at_cursor else None,
+            encode_int_array(INTEGER_OID, [n for n, _, _ in rows]),
+            encode_int_array(INTEGER_OID, [nth for _, nth, _ in rows]),
+            _encode_column(UUID_OID, event_ids),
+            _encode_column(UUID_OID, causes) if any(causes) else None,
+            _encode_column(TIMESTAMPTZ_OID, times) if any(times) else None,
+            _encode_column(TEXT_OID, names),
+            _encode_column(INTEGER_OID, versions),
+            _encode_column(JSON_OID, payloads),
+            _encode_column(JSON_OID, metadatas) if any(each is not None for each in metadatas) else None,
+        ],
+        write_streams,
+        offsets,
+    )
 
 
 # --- Lines of an import ---------------------------------------------------------------------------------------------

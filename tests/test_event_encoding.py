@@ -9,7 +9,7 @@ from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from enum import Enum, IntEnum
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
+from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
@@ -19,7 +19,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from hindsight_fast import EventEncodeError, EventType, NewEvent
+from hindsight_fast import EventEncodeError, EventParseError, EventType, NewEvent
+from hindsight_fast.payloads import PayloadCodec
 
 PINNED = Path(__file__).parent / "golden" / "stored_bytes.txt"
 
@@ -305,6 +306,116 @@ def test_a_field_that_equality_leaves_out_is_looked_at_all_the_same() -> None:
             event_type(kind(1, (2,)))
 
 
+@dataclass
+class LenientDataclass:
+    number: int
+    ratio: float | None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LenientDataclass) and self.number == other.number
+
+
+@dataclass(eq=False)
+class LenientByInheritance(LenientDataclass):
+    pass
+
+
+@dataclass
+class Plain:
+    number: int
+
+
+@dataclass(eq=False)
+class BlindToWhatItAdds(Plain):
+    ratio: float | None
+
+
+class LenientStruct(msgspec.Struct):
+    number: int
+    ratio: float | None
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+
+@attrs.define(eq=False)
+class LenientAttrs:
+    number: int
+    ratio: float | None
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+
+@attrs.define
+class LenientByKey:
+    number: int
+    ratio: float | None = attrs.field(eq=lambda ratio: 0)
+
+
+class LenientNamedTuple(NamedTuple):
+    number: int
+    ratio: float | None
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+
+LENIENT = (
+    LenientDataclass, LenientByInheritance, BlindToWhatItAdds, LenientStruct, LenientAttrs, LenientByKey,
+    LenientNamedTuple,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LENIENT)
+def test_an_equality_that_does_not_see_a_field_hides_nothing(kind: Any) -> None:
+    event_type = boxed(kind)
+    assert event_type.encode(put(event_type, kind(1, 0.5)))
+    with pytest.raises(EventEncodeError, match=r"\$.inner\[0\].value.ratio is not a finite number"):
+        event_type(put(event_type, kind(1, math.nan)))
+
+
+@pytest.mark.parametrize("kind", [Line, Address, Customer, Card, Plain])
+def test_a_generated_equality_is_relied_upon(kind: Any) -> None:
+    """It takes a tenth of the time; should a Python or attrs generate it otherwise, this is where it shows."""
+    assert PayloadCodec(kind)._equality_sees_all
+
+
+def test_a_child_that_calls_itself_its_parents_equal_is_refused() -> None:
+    class Child(Plain):
+        def __eq__(self, other: object) -> bool:
+            return True
+
+    class LenientChild(LenientDataclass):
+        pass
+
+    with pytest.raises(EventEncodeError, match=r"\$ is a Child, and would come back as Plain"):
+        EventType("top", (Plain,))(Child(1))
+    event_type = boxed(LenientDataclass)
+    with pytest.raises(EventEncodeError, match=r"\$.inner\[0\].value is a LenientChild"):
+        event_type(put(event_type, LenientChild(1, 0.5)))
+
+
+def nested(depth: int) -> bytes:
+    return b'{"[":' + b"[" * (depth - 2) + b'{"\\"":"{[[["}' + b"]" * (depth - 2) + b"}"
+
+
+def test_nesting_ends_at_500_levels_as_in_an_import() -> None:
+    """What is nested deeper could be read only where the stack is not yet deep, and not be imported again."""
+    event_type = EventType("deep", (dict,))
+    wide = b'{"a":[' + b"[{}]," * 1000 + b"[]]}"
+    for allowed in (nested(500), wide):
+        assert NewEvent("deep", allowed).data == allowed
+        assert event_type(msgspec.json.decode(allowed)).data == allowed
+    for too_deep in (nested(501), nested(502), nested(800)):
+        with pytest.raises(EventEncodeError, match=r"\$ is nested more than 500 deep"):
+            NewEvent("deep", too_deep)
+        with pytest.raises(EventEncodeError, match=r"\$ is nested more than 500 deep"):
+            event_type(msgspec.json.decode(too_deep))
+        with pytest.raises(EventEncodeError, match="metadata is nested more than 500 deep"):
+            NewEvent("deep", {}, metadata=msgspec.json.decode(too_deep))
+
+
 def test_classes_without_equality_are_compared_by_their_fields() -> None:
     @dataclass(eq=False)
     class Unequal:
@@ -358,6 +469,15 @@ def test_text_that_looks_like_a_naive_time_is_text() -> None:
     event_type = boxed(dict[str, datetime | None] | str)
     for value in ("2024-05-01T12:30:00", {"2024-05-01T12:30:00": NAIVE.replace(tzinfo=UTC)}):
         assert event_type.decode(0, event_type.encode(put(event_type, value))).inner[0].value == value
+
+
+def test_a_time_that_another_program_stored_without_a_zone_is_refused_where_the_field_says_so() -> None:
+    stored = b'{"inner":[{"value":"2024-05-01T12:30:00"}]}'
+    assert boxed(datetime).decode(0, stored).inner[0].value == NAIVE
+    with pytest.raises(
+        EventParseError, match=r"Expected `datetime` with a timezone component \(at \$.inner\[0\].value"
+    ):
+        boxed(Annotated[datetime, msgspec.Meta(tz=True)]).decode(0, stored)
 
 
 # --- Stored bytes, pinned for ever ------------------------------------------------------------------------------------

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import FrozenInstanceError, InitVar, dataclass
+from dataclasses import FrozenInstanceError, InitVar, dataclass, make_dataclass, replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any, NamedTuple, TypedDict
@@ -13,6 +14,8 @@ from uuid import UUID
 import attrs
 import msgspec
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from hindsight_fast import (
     EventDefinitionError,
@@ -22,6 +25,7 @@ from hindsight_fast import (
     EventType,
     NewEvent,
 )
+from hindsight_fast._core import EventRows
 from hindsight_fast.event_registry import EventRegistry
 
 USER = UUID(int=7)
@@ -131,6 +135,67 @@ def test_another_class_than_the_latest_is_refused(payload: object) -> None:
         registered(payload)  # type: ignore[arg-type]
 
 
+# --- Any chain --------------------------------------------------------------------------------------------------------
+
+MAKES: dict[str, Callable[[int], type[Any]]] = {
+    "dataclass": lambda version: make_dataclass(f"V{version}", [("passed", list[str])]),
+    "struct": lambda version: msgspec.defstruct(f"V{version}", [("passed", list[str])]),
+    "attrs": lambda version: attrs.make_class(f"V{version}", {"passed": attrs.field(type=list[str])}),
+    "dict": lambda version: dict,
+}
+
+
+def passed(payload: Any) -> list[str]:
+    """The functions that a payload has been through."""
+    found: list[str] = payload["passed"] if isinstance(payload, dict) else payload.passed
+    return found
+
+
+@given(
+    kinds=st.lists(st.sampled_from(list(MAKES)), min_size=1, max_size=7),
+    migrated=st.sets(st.integers(0, 5)),
+    left_out=st.sets(st.integers(0, 5)),
+)
+@example(kinds=["dataclass"] * 7, migrated=set(), left_out=set())
+@example(kinds=["dataclass", "struct", "attrs", "dict"], migrated={1}, left_out={1})
+def test_any_chain_yields_what_its_functions_yield_by_hand(
+    kinds: list[str], migrated: set[int], left_out: set[int]
+) -> None:
+    """Up to six upcasts, some versions with a direct way, some of those without an upcast."""
+    classes = [MAKES[kind](version) for version, kind in enumerate(kinds)]
+    latest = len(classes) - 1
+
+    def leads_to(version: int, name: str) -> Callable[[Any], Any]:
+        return lambda payload: classes[version](passed=[*passed(payload), name])
+
+    migrations = {v: leads_to(latest, f"migration of {v}") for v in sorted(migrated) if v < latest}
+    chain = [leads_to(v + 1, f"upcast of {v}") for v in range(latest)]
+    upcasts = [None if v in migrations and v in left_out else upcast for v, upcast in enumerate(chain)]
+    event_type = EventType("chained", tuple(classes), upcasts, migrations)
+
+    for stored in range(latest + 1):
+        by_hand, version = classes[stored](passed=["stored"]), stored
+        while version < latest:
+            if version in migrations:
+                by_hand, version = migrations[version](by_hand), latest
+            else:
+                by_hand, version = chain[version](by_hand), version + 1
+        read = event_type.decode(stored, b'{"passed":["stored"]}')
+        assert (read, type(read)) == (by_hand, classes[latest])
+
+
+def test_upcasts_are_composed_when_the_type_is_made_and_not_for_each_event() -> None:
+    def noting(order: dict[str, Any]) -> dict[str, Any]:
+        return order
+
+    event_type = EventType("placed", (dict, dict, dict), [noting, noting])
+    before = event_type._decoders
+    for _ in range(3):
+        event_type.decode(0, b"{}")
+    assert event_type._decoders is before
+    assert len({id(decoder) for decoder in before}) == 3  # one for each version
+
+
 # --- What cannot be read ----------------------------------------------------------------------------------------------
 
 
@@ -172,9 +237,36 @@ def test_an_upcast_that_raises_is_the_cause() -> None:
         return {"total": order["secret 4711"]}
 
     error = refusal(0, b"{}", EventType("placed", (dict, dict), [look_up]))
-    assert error.reason == "an upcast raised KeyError"
+    assert error.reason == "upcasts[0] raised KeyError"
     assert isinstance(error.__cause__, KeyError)
     assert "4711" not in str(error)  # foreign texts may quote a payload
+
+
+def test_the_step_that_raises_is_named() -> None:
+    def fails(order: dict[str, Any]) -> dict[str, Any]:
+        raise LookupError
+
+    def passes(order: dict[str, Any]) -> dict[str, Any]:
+        return order
+
+    event_type = EventType("placed", (dict,) * 4, [passes, fails, passes], {2: fails})
+    assert [refusal(version, b"{}", event_type).reason for version in (0, 1, 2)] == [
+        "upcasts[1] raised LookupError",
+        "upcasts[1] raised LookupError",
+        "migrations[2] raised LookupError",
+    ]
+
+
+@pytest.mark.parametrize(
+    "data", [rb'{"a":"\ud800"}', rb'{"\uDBFF":1}', rb'{"a":"\\\\\ud9ab"}', rb'{"a":"\ud800","b":1}']
+)
+def test_half_a_surrogate_pair_is_called_by_its_name(data: bytes) -> None:
+    """msgspec calls it truncated, where the text ends with it. PostgreSQL's json stores it."""
+    assert "surrogate pair" in refusal(0, data, EventType("placed", (dict,))).reason
+
+
+def test_what_only_looks_like_half_a_surrogate_pair_is_truncated() -> None:
+    assert refusal(0, rb'{"a":"\\ud800","b"', EventType("placed", (dict,))).reason == "Input data was truncated"
 
 
 def test_upcasts_that_end_with_another_class_are_refused() -> None:
@@ -247,6 +339,10 @@ def make(*arguments: Any, **named: Any) -> Callable[[], EventType[Any]]:
 HOLES = {
     "no version": (make("r", ()), "it has no version"),
     "no list": (make("r", "ab"), "versions is a tuple"),
+    "no order": (make("r", {UserV0, User}, [id]), "versions is a tuple of payload classes, the oldest first"),
+    "upcasts without order": (make("r", (UserV0, User), {id}), "upcasts is a list of functions"),
+    "upcasts by number": (make("r", (UserV0, User), {0: id}), "upcasts is a list of functions"),
+    "migrations in a list": (make("r", (UserV0, User), [id], [id]), "migrations is a dict of functions"),
     "upcast missing": (make("r", VERSIONS, [v0_to_v1]), r"upcasts\[1\] is missing: nothing leads from version 1 to 2"),
     "first missing": (make("r", VERSIONS, [None, v1_to_v2]), r"upcasts\[0\] is missing"),
     "upcast surplus": (make("r", (User,), [v0_to_v1]), r"1 upcasts for 1 versions: upcasts\[0\] would lead beyond"),
@@ -257,6 +353,9 @@ HOLES = {
     "no migration": (make("r", (UserV0, User), [], {0: "x"}), r"migrations\[0\] cannot be called"),
     "name": (make("", (User,)), "must have at least one character"),
     "name type": (make(5, (User,)), "must be a str"),
+    "name with NUL": (make("a\0", (User,)), "none of them NUL"),
+    "name with half a pair": (make("a\ud800", (User,)), "holds half of a surrogate pair"),
+    "long name": (make("ä" * 501, (User,)), "takes 1,000 bytes at most, not 1,002: 'ä{80}'…"),
     "no class": (make("r", (list[int],)), "version 0: list.int. is no class"),
     "int": (make("r", (UserV0, int), [id]), "version 1: int is none of dataclass, msgspec.Struct"),
     "named tuple": (make("r", (Pair,)), "version 0: Pair is none of dataclass"),
@@ -297,6 +396,15 @@ MISUSES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "version": (lambda: NewEvent("placed", {}, version=True), TypeError, "version must be an int, not bool"),
     "negative": (lambda: NewEvent("placed", {}, version=-1), ValueError, "between 0 and 2147483647"),
     "name": (lambda: NewEvent("a\0b", {}), ValueError, "none of them NUL"),
+    "no name": (lambda: NewEvent("", {}), ValueError, "at least one character"),
+    "half a pair": (lambda: NewEvent("\udc00", {}), ValueError, "holds half of a surrogate pair"),
+    "long name": (lambda: NewEvent("ä" * 501, {}), ValueError, "takes 1,000 bytes at most, not 1,002"),
+    "other type": (
+        lambda: NewEvent("joined", User(USER, "Ada", None), 2, event_type=registered),
+        ValueError,
+        "'registered', version 2: User> makes no event 'joined' of version 2",
+    ),
+    "other version": (lambda: NewEvent("registered", {}, event_type=registered), ValueError, "of version 0"),
     "id": (lambda: NewEvent("a", {}, event_id="x"), TypeError, "event_id must be a UUID"),  # type: ignore[arg-type]
     "naive": (lambda: NewEvent("a", {}, created_at=datetime(2024, 1, 1)), ValueError, "must carry a time zone"),
     "time": (lambda: NewEvent("a", {}, created_at=5), TypeError, "must be a datetime"),  # type: ignore[arg-type]
@@ -315,6 +423,43 @@ def test_metadata_that_would_not_come_back_is_refused_by_its_path() -> None:
         NewEvent("placed", {}, metadata={"by": UUID(int=1)})
     event = NewEvent("placed", {}, metadata={"n": 2**70}, created_at=datetime(2024, 1, 1, tzinfo=UTC))
     assert event.metadata_json == b'{"n":1180591620717411303424}'
+
+
+@pytest.mark.parametrize(
+    "name", ["a" * 1000, "ä" * 500, "a\nb", " "], ids=["1000 letters", "1000 bytes", "lines", "blank"]
+)
+def test_a_name_of_up_to_a_thousand_bytes_is_taken_as_the_core_takes_it(name: str) -> None:
+    assert EventType(name, (dict,))({}).name == NewEvent(name, {}).name == name
+    EventRows().add(bytes(16), bytes(16), name, 0, b"{}", None, None, None)
+    with pytest.raises(ValueError, match="1000 at most"):
+        EventRows().add(bytes(16), bytes(16), name + "a" * 1000, 0, b"{}", None, None, None)
+
+
+def test_a_dict_of_another_make_is_a_dict() -> None:
+    assert NewEvent("placed", OrderedDict(b=1, a=2)).data == b'{"b":1,"a":2}'
+
+
+def test_an_event_can_be_made_anew_with_something_else() -> None:
+    event = registered(User(USER, "Ada", None), metadata={"by": "me"})
+    moved = replace(event, event_id=UUID(int=1), created_at=datetime(2024, 1, 1, tzinfo=UTC))
+    assert (moved.payload, moved.version, moved.data, moved.metadata_json) == (
+        event.payload, 2, event.data, b'{"by":"me"}',
+    )  # fmt: skip
+    renamed = replace(event, payload=User(USER, "Bea", None))
+    assert renamed.data == registered.encode(User(USER, "Bea", None))
+    with pytest.raises(TypeError, match="'registered' takes User, not UserV0"):
+        replace(event, payload=UserV0(USER, "Ada"))
+    with pytest.raises(ValueError, match="makes no event 'joined'"):
+        replace(event, name="joined")
+    assert replace(NewEvent("placed", {"total": 1}), version=3).data == b'{"total":1}'
+
+
+def test_a_pickled_event_leaves_its_type_behind() -> None:
+    event = registered(User(USER, "Ada", None), event_id=UUID(int=1))
+    again = pickle.loads(pickle.dumps(event))
+    assert (again, again.data, again.event_type) == (event, event.data, None)
+    with pytest.raises(FrozenInstanceError):
+        again.name = "other"
 
 
 # --- The types of a store ---------------------------------------------------------------------------------------------
@@ -349,6 +494,8 @@ def test_what_is_no_event_is_refused_with_the_way_to_go() -> None:
         registry.new_event("registered")
     with pytest.raises(TypeError, match="event_types holds EventTypes, not type"):
         EventRegistry([User])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="event_types is a list"):
+        EventRegistry(registered)  # type: ignore[arg-type]
 
 
 def test_names_are_given_as_types_or_text() -> None:

@@ -16,14 +16,14 @@ LAYERS = [
     {"_core"},
     # Values, and rooms without a neighbour.
     {"writes", "payloads", "streams", "schema", "connecting", "import_source", "export_target", "progress"},
-    {"idle_check"},
+    {"idle_check", "worker_call"},
     {"installations"},
     {"statements", "results", "import_lines", "demo_events", "accounts"},
     {"events", "reading", "read_ahead", "import_chunks", "server_guard"},
     {"begin_copy"},
     {"event_registry", "append_request"},
     {"append_call", "group_commit"},
-    {"appending"},
+    {"appending", "async_appending"},
     {"golden"},
     {"testing"},
     {"import_rejects"},
@@ -42,19 +42,9 @@ LAYERS = [
     {"cli"},
 ]
 # The only modules that may talk to a server or start one.
-SHELLS = {
-    "store",
-    "async_store",
-    "idle_check",
-    "begin_copy",
-    "append_call",
-    "appending",
-    "read_ahead",
-    "import_writer",
-    "import_dry_run",
-    "import_jobs",
-}
-SHELLS |= {"import_build", "import_initial", "importer", "installations", "accounts", "server_guard", "embedded"}
+SHELLS = {"store", "async_store", "worker_call", "idle_check", "begin_copy", "append_call", "appending"}
+SHELLS |= {"async_appending", "read_ahead", "import_writer", "import_dry_run", "import_jobs", "import_build"}
+SHELLS |= {"import_initial", "importer", "installations", "accounts", "server_guard", "embedded"}
 SHELLS |= {"status", "demo", "cli_common", "cli_import", "cli_read", "cli_schema", "cli"}
 IO_MODULES = {"psycopg_pool", "subprocess", "socket", "select"}
 

@@ -175,6 +175,16 @@ def read_lines() -> None:
     assert len(rows) == ROWS_A_CALL
 
 
+BLOCK = b"\n".join(LINES)
+
+
+def read_blocks_of_lines() -> None:
+    reader, rows = LineReader("a"), EventRows()
+    for _ in range(ROWS_A_CALL // 50):
+        assert reader.add_plain(BLOCK, 0, 50, 1, 0, [rows, rows])[:2] == (50, len(BLOCK))
+    assert len(rows) == ROWS_A_CALL
+
+
 BAD_LINES = [
     *(b"", b"hello", b"{}", b"[]", LINES[0][:-1], LINES[0] * 2, b'{"type":"a",' + LINES[0][1:], b"\xff"),
     *(b'{"stream":"s","type":"t","data":%s}' % data for data in (b"[]", b'{"a":"\\ud800"}', b'{"a":' + b"[" * 2000)),
@@ -189,6 +199,7 @@ def fail_to_read_lines() -> None:
     for n in range(ROWS_A_CALL):
         with contextlib.suppress(BadLine):
             reader.add(BAD_LINES[n % len(BAD_LINES)], n, [rows])
+        reader.add_plain(BAD_LINES[n % len(BAD_LINES)], 0, 1, n, 0, [rows])
     assert len(rows) == 0
     for text in (b"{", b'{"', b'{"stream":', b'{"\\x":1}'):
         with contextlib.suppress(ValueError):
@@ -204,6 +215,7 @@ JOBS = {
     fail_to_decode: 3 * ROWS_A_CALL,
     read_in_place: ROWS_A_CALL,
     read_lines: ROWS_A_CALL,
+    read_blocks_of_lines: ROWS_A_CALL,
     fail_to_read_lines: ROWS_A_CALL,
 }
 

@@ -20,8 +20,8 @@ LINE = b'{"stream":"a","type":"t","data":{"n":1}}'
 
 
 @pytest.mark.essential
-def test_making_the_schema_twice_changes_nothing(database: str) -> None:
-    with EventStore(database) as store:
+def test_making_the_schema_twice_changes_nothing(store_class: type[EventStore], database: str) -> None:
+    with store_class(database) as store:
         store.create_schema()
         store.import_events([LINE], import_id="one")
         before = store.head()
@@ -31,9 +31,9 @@ def test_making_the_schema_twice_changes_nothing(database: str) -> None:
 
 
 @pytest.mark.essential
-def test_many_at_once_make_one_schema(database: str) -> None:
+def test_many_at_once_make_one_schema(store_class: type[EventStore], database: str) -> None:
     def create(_: int) -> None:
-        with EventStore(database) as store:
+        with store_class(database) as store:
             store.create_schema()
 
     with ThreadPoolExecutor(8) as pool:
@@ -64,8 +64,8 @@ schema_names = st.text(st.characters(codec="utf-8", exclude_characters="\0"), mi
 @example(name="a\nb")
 @example(name="a\r\nb")
 @example(name="a\nCREATE TABLE public.injected (x int); --")
-def test_any_schema_name_works(database: str, name: str) -> None:
-    with EventStore(database, schema=name) as store:
+def test_any_schema_name_works(store_class: type[EventStore], database: str, name: str) -> None:
+    with store_class(database, schema=name) as store:
         store.create_schema()
         store.import_events([LINE], import_id="one")
         assert [event.payload for event in store.read()] == [{"n": 1}]
@@ -136,28 +136,28 @@ def test_running_the_script_again_waits_for_no_append(database: str) -> None:
         again.execute(schema_sql("hindsight").encode())
 
 
-def test_without_a_schema_calls_say_how_to_make_it(database: str) -> None:
-    with EventStore(database) as store:
+def test_without_a_schema_calls_say_how_to_make_it(store_class: type[EventStore], database: str) -> None:
+    with store_class(database) as store:
         for call in (store.head, lambda: list(store.read()), lambda: store.import_events([LINE], import_id="x")):
             with pytest.raises(SchemaError, match="create_schema\\(\\)"):
                 call()
 
 
-def test_a_newer_layout_is_refused_by_name(database: str) -> None:
-    with EventStore(database) as store:
+def test_a_newer_layout_is_refused_by_name(store_class: type[EventStore], database: str) -> None:
+    with store_class(database) as store:
         store.create_schema()
     with psycopg.connect(database, autocommit=True) as connection:
         connection.execute("UPDATE hindsight.store_meta SET layout = 2")
     with pytest.raises(SchemaError, match="layout 2, made by a newer version") as caught:
-        EventStore(database).open()
+        store_class(database).open()
     assert (caught.value.schema, caught.value.found_layout) == ("hindsight", 2)
     with psycopg.connect(database, autocommit=True) as connection:
         with pytest.raises(psycopg.DatabaseError, match="made by a newer version"):
             connection.execute(schema_sql("hindsight").encode())
 
 
-def test_a_closed_store_says_so(database: str) -> None:
-    store = EventStore(database)
+def test_a_closed_store_says_so(store_class: type[EventStore], database: str) -> None:
+    store = store_class(database)
     with pytest.raises(StoreClosed):
         store.head()
     with store:
@@ -168,6 +168,6 @@ def test_a_closed_store_says_so(database: str) -> None:
         assert store.head() is None
 
 
-def test_the_server_is_named_when_it_cannot_be_reached() -> None:
+def test_the_server_is_named_when_it_cannot_be_reached(store_class: type[EventStore]) -> None:
     with pytest.raises(psycopg.OperationalError):
-        EventStore("host=/nonexistent dbname=none connect_timeout=2").open()
+        store_class("host=/nonexistent dbname=none connect_timeout=2").open()

@@ -9,15 +9,16 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
+import psycopg
 import pytest
 
 from command_line import run
 from hindsight_fast import ANY, EventStore, EventType, NewEvent, schema_check
 from hindsight_fast.cli_schema import load_event_types
-from hindsight_fast.schema_check import SchemaCheck, VersionCount
-from hindsight_fast.statements import COUNTED_AT_ONCE
+from hindsight_fast.schema_check import MOST_BLOCKS, SchemaCheck, VersionCount
 
 
 @dataclass(frozen=True)
@@ -91,28 +92,144 @@ def test_every_event_is_checked_and_every_failure_told_with_its_place(store: Eve
     ]
 
 
-@pytest.mark.parametrize("counted_at_once", [7, COUNTED_AT_ONCE])
-def test_a_sample_is_spread_over_all_kinds_and_the_rest_is_counted(
-    database: str, store: EventStore, monkeypatch: pytest.MonkeyPatch, counted_at_once: int
+LOTS = """
+    SELECT event_id FROM (
+        SELECT *, row_number() OVER (
+            PARTITION BY event_name, event_version ORDER BY uuid_hash(event_id), transaction_no, sequence_no
+        ) AS lot FROM hindsight.events
+    ) AS e WHERE lot <= %s ORDER BY transaction_no, sequence_no
+"""
+
+
+def checked_ids(store: EventStore, check: SchemaCheck, monkeypatch: pytest.MonkeyPatch) -> list[uuid.UUID]:
+    """Which events a check decodes, in its order."""
+    seen: list[uuid.UUID] = []
+    decode = store._registry._decode
+    with monkeypatch.context() as patched:
+        patched.setattr(store._registry, "_decode", lambda event: (seen.append(event.event_id), decode(event))[1])
+        list(check)
+    return seen
+
+
+@pytest.mark.essential
+@pytest.mark.parametrize("blocks", [1, 7, MOST_BLOCKS])
+@pytest.mark.parametrize("sample", [1, 50, 299, 10**6])
+def test_a_sample_has_so_many_of_each_kind_drawn_by_lot(
+    store: EventStore, monkeypatch: pytest.MonkeyPatch, blocks: int, sample: int
 ) -> None:
-    monkeypatch.setattr("hindsight_fast.statements.COUNTED_AT_ONCE", counted_at_once)
-    told: list[int] = []
+    monkeypatch.setattr(schema_check, "FIRST_BLOCKS", 1)
+    monkeypatch.setattr(schema_check, "MOST_BLOCKS", blocks)
     monkeypatch.setattr(schema_check, "PROGRESS_S", -1.0)
-    with EventStore(database, event_types=[placed]) as sampled:
-        check = SchemaCheck(sampled, sample=50, progress=told.append)
-        failures = [failure.event_id for failure in check]
-        assert {each.name: each.events for each in check.inventory if each.version == 0} == {
-            "noted": 600,
-            "placed": 1800,
-        }
-        for each in check.inventory:
-            # Chosen by their ids, so about as many: 50 of each kind, give or take.
-            assert 20 <= each.checked <= 100, each
-        # The same ones when it is done again.
-        assert [failure.event_id for failure in check] == failures
-    assert told[0] >= 7
-    whole = list(SchemaCheck(store, sample=10**6))
-    assert [f.event_id for f in whole] == [f.event_id for f in SchemaCheck(store)]
+    told: list[int] = []
+    check = SchemaCheck(store, sample=sample, progress=told.append)
+    seen = checked_ids(store, check, monkeypatch)
+    with store.pool.connection() as connection:
+        assert seen == [event_id for (event_id,) in connection.execute(LOTS, (sample,))]
+    whole = SchemaCheck(store)
+    list(whole)
+    assert [(each.name, each.version, each.events) for each in check.inventory] == [
+        (each.name, each.version, each.events) for each in whole.inventory
+    ]
+    assert [each.checked for each in check.inventory] == [min(sample, each.events) for each in whole.inventory]
+    assert told == sorted(told)
+    assert COUNT in told
+    # The same ones when it is done again.
+    assert checked_ids(store, check, monkeypatch) == seen
+
+
+def test_a_sample_is_spread_over_the_whole_log(store: EventStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = {event.event_id: number for number, event in enumerate(store.read())}
+    sampled = [place[event_id] for event_id in checked_ids(store, SchemaCheck(store, sample=100), monkeypatch)]
+    quarters = Counter(4 * number // COUNT for number in sampled)
+    # 400 or so drawn: in a quarter of the log 100, give or take three standard deviations.
+    assert all(70 <= quarters[quarter] <= 130 for quarter in range(4)), quarters
+
+
+def test_failures_in_a_sample_are_those_that_all_of_them_would_be(store: EventStore) -> None:
+    every = {failure.event_id for failure in SchemaCheck(store)}
+    some = [failure.event_id for failure in SchemaCheck(store, sample=50)]
+    assert len(some) >= 50  # version 2 cannot be read at all
+    assert set(some) <= every
+    assert [failure.event_id for failure in SchemaCheck(store, sample=10**6)] == [
+        failure.event_id for failure in SchemaCheck(store)
+    ]
+
+
+def test_a_table_rewritten_while_it_is_counted_is_counted_anew(
+    store: EventStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schema_check, "FIRST_BLOCKS", 1)
+    monkeypatch.setattr(schema_check, "MOST_BLOCKS", 3)
+    monkeypatch.setattr(schema_check, "PROGRESS_S", -1.0)
+    told: list[int] = []
+
+    def rewrite_once(passed: int) -> None:
+        told.append(passed)
+        if len(told) == 5:
+            with store.pool.connection() as connection:
+                # Against the order of the log: so rows change their blocks.
+                connection.execute("CREATE INDEX backwards ON hindsight.events (transaction_no DESC, sequence_no DESC)")
+                connection.execute("CLUSTER hindsight.events USING backwards")
+
+    check = SchemaCheck(store, sample=5, progress=rewrite_once)
+    list(check)
+    assert sum(each.events for each in check.inventory) == COUNT
+    assert told.index(COUNT) > 5  # it did begin again
+    assert sorted(told) != told
+
+
+@pytest.mark.parametrize("sample", [None, 5])
+def test_no_snapshot_is_held_beyond_a_page(
+    store: EventStore, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch, sample: int | None
+) -> None:
+    """One that is held keeps VACUUM from its work for as long as a check of millions takes."""
+    monkeypatch.setattr(schema_check, "FIRST_BLOCKS", 1)
+    monkeypatch.setattr(schema_check, "MOST_BLOCKS", 3)
+    monkeypatch.setattr(schema_check, "PROGRESS_S", -1.0)
+    # No page is fetched ahead: each of its statements would be under way while it is looked at.
+    monkeypatch.setattr("hindsight_fast.read_ahead.Pace.fetch_ahead", False)
+    held: list[tuple[Any, ...]] = []
+
+    def look(passed: int) -> None:
+        held.extend(
+            connection.execute(
+                "SELECT state, backend_xmin FROM pg_stat_activity WHERE datname = current_database()"
+                " AND pid <> pg_backend_pid() AND backend_type = 'client backend'"
+                " AND (backend_xmin IS NOT NULL OR state <> 'idle')"
+            )
+        )
+        looked.append(passed)
+
+    looked: list[int] = []
+    list(SchemaCheck(store, sample=sample, progress=look))
+    assert held == []
+    assert len(looked) >= 2
+
+
+def test_what_is_appended_meanwhile_is_not_counted(store: EventStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schema_check, "MOST_BLOCKS", 3)
+    monkeypatch.setattr(schema_check, "FIRST_BLOCKS", 1)
+    monkeypatch.setattr(schema_check, "PROGRESS_S", -1.0)
+    check = SchemaCheck(
+        store,
+        sample=5,
+        progress=lambda passed: store.append(uuid.uuid4(), [NewEvent("noted", {"n": passed})], expected=ANY),
+    )
+    list(check)
+    assert sum(each.events for each in check.inventory) == COUNT
+
+
+@pytest.mark.parametrize(("sample", "passed"), [(None, COUNT), (5, COUNT + 20)])
+def test_the_last_that_is_told_is_the_whole(store: EventStore, sample: int | None, passed: int) -> None:
+    told: list[int] = []
+    list(SchemaCheck(store, sample=sample, progress=told.append))
+    assert told[-1] == passed
+
+
+def test_a_sample_of_none_is_refused(store: EventStore) -> None:
+    for sample, error in ((0, ValueError), (True, TypeError), (1.5, TypeError)):
+        with pytest.raises(error, match="sample"):
+            SchemaCheck(store, sample=sample)  # type: ignore[arg-type]
 
 
 def test_an_empty_store_has_nothing_to_check(database: str) -> None:
@@ -132,7 +249,7 @@ def test_a_plain_payload_that_cannot_be_decoded_is_found_too(store: EventStore) 
             """UPDATE hindsight.events SET payload = '{"n": 1e999}' WHERE stream_id = %s""", (stream_id,)
         )
     (failure,) = (f for f in SchemaCheck(store) if f.name == "noted")
-    assert "out of range" in failure.reason
+    assert (failure.reason, failure.path) == ("Number out of range", "$[...]")
 
 
 @pytest.fixture

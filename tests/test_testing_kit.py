@@ -204,7 +204,7 @@ def test_a_chain_whose_result_changed_fails(pinned: Run) -> None:
 
 def test_a_chain_that_fails_now_fails(pinned: Run) -> None:
     result = pinned(changed("User(v0.name, v0.at, None)", "User(v0.nam, v0.at, None)"))
-    assert "cannot be brought to version 1 any more: an upcast raised AttributeError" in complaints(result)
+    assert "cannot be brought to version 1 any more: upcasts[0] raised AttributeError" in complaints(result)
 
 
 def test_a_chain_that_ends_with_what_cannot_be_stored_fails(pinned: Run) -> None:
@@ -269,6 +269,22 @@ def test_a_payload_that_does_not_come_back_fails_with_an_example(run: Run) -> No
 def test_what_hypothesis_cannot_think_of_is_said_with_the_way_out(run: Run) -> None:
     result = run(EVENTS.replace("at: datetime", "at: __import__('typing').Any"))
     said = complaints(result)
+    assert "Hypothesis cannot think of payloads for version 0 of 'user registered'" in said
+    assert "hypothesis.strategies.register_type_strategy(UserV0, ...)" in said
+
+
+def test_what_a_class_itself_refuses_is_not_drawn(run: Run) -> None:
+    events = changed(
+        "    email: str | None\n",
+        "    email: str | None\n\n"
+        "    def __post_init__(self):\n        if self.email == '': raise LookupError(self.email)\n",
+    )
+    run(events, "--hindsight-update-golden").assert_outcomes(passed=5)
+
+
+def test_a_class_that_refuses_all_that_is_drawn_is_said_with_the_way_out(run: Run) -> None:
+    events = changed("    at: datetime\n\n", "    at: datetime\n\n    def __post_init__(self):\n        1 / 0\n\n")
+    said = complaints(run(events))
     assert "Hypothesis cannot think of payloads for version 0 of 'user registered'" in said
     assert "hypothesis.strategies.register_type_strategy(UserV0, ...)" in said
 
@@ -355,6 +371,16 @@ def test_a_name_is_no_path(name: str, folder: str) -> None:
     from hindsight_fast.golden import path_of
 
     assert path_of(Path("golden"), EventType(name, (dict,)), 0) == Path("golden") / folder / "0.json"
+
+
+def test_a_long_name_has_a_folder_of_its_own_that_file_systems_take(tmp_path: Path) -> None:
+    from hindsight_fast.golden import folder_of
+
+    long_names = ["ä" * 499 + last for last in "ab"]
+    folders = {folder_of(tmp_path, EventType(name, (dict,))) for name in long_names}
+    assert len(folders) == 2
+    for folder in folders:
+        folder.mkdir()
 
 
 # --- The plugin -------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 """The compiled core: bytes and Python objects in, bytes and Python objects out; no I/O, no psycopg, no network.
 
 The parts, in reading order: what a position is, how bytes are read and written, rows going in, rows coming out, lines
-made of them, and what an import's line must not hold.
+made of them, what an import's line must not hold, and rows made of lines.
 Their plain Python twins are the oracle of the tests and are not shipped.
 """
 
@@ -22,6 +22,7 @@ from datetime import datetime, timedelta, timezone
 from os import fsencode
 from types import GenericAlias
 from uuid import UUID, SafeUUID
+from zlib import crc32
 
 from msgspec import MsgspecError
 from msgspec.json import Decoder as JsonDecoder
@@ -35,9 +36,11 @@ __all__ = [
     "Cursor",
     "EventBatch",
     "EventRows",
+    "LineEncoder",
     "RecordedEvent",
     "ResultReader",
     "check_fields",
+    "count_newlines",
     "decode_result",
     "decode_row",
     "export_lines",
@@ -55,3 +58,4 @@ include "append_group.pxi"
 include "decode_rows.pxi"
 include "export_lines.pxi"
 include "line_fields.pxi"
+include "import_lines.pxi"

@@ -146,14 +146,15 @@ def row_values(EventRows rows not None, Py_ssize_t index):
     ]
 
 
-def group_parameters(list requests not None):
+def group_parameters(list requests not None, bint with_events=True):
     """Return ``(parameters, write_streams, write_offsets)`` of a group of appends, as ``append_v1`` takes them.
 
     *requests* are pairs of EventRows and the request's writes: ``(stream_id, event_count, least_version, most_version,
     transaction_no, sequence_no)`` with a stream only once; the streams that take events in the order in which the rows
-    have them. The bounds are None in every write or where anything is expected; the cursor is None but where one is.
-    *parameters* are 19 arrays in binary form, None for those that would hold nothing but NULLs. The other two, by
-    write: its stream, counted from 0 in byte order, and how far below the advanced head it finds it.
+    have them, and as many as the rows have: ValueError otherwise. The bounds are None in every write or where anything
+    is expected; the cursor is None but where one is. *parameters* are 19 arrays in binary form, None for those that would
+    hold nothing but NULLs; those of the events are empty without *with_events*. The other two, by write: its stream,
+    counted from 0 in byte order, and how far below the advanced head it finds it.
     """
     cdef dict totals = {}, numbers = {}, taken = {}
     cdef Sink stream_ids = new_array(UUID_OID), event_counts = new_array(INT8_OID)
@@ -162,14 +163,17 @@ def group_parameters(list requests not None):
     cdef Sink least = new_array(INT8_OID), most = new_array(INT8_OID)
     cdef Sink numbers_expected = new_array(INT8_OID), places_expected = new_array(INT4_OID)
     cdef EventColumns events = EventColumns()
-    cdef list stream_of_write = [], offset_of_write = [], with_events
+    cdef list stream_of_write = [], offset_of_write = [], writes_with_events
     cdef EventRows rows
     cdef bytes stream_id
     cdef bint bounded = False, at_cursor = False
+    cdef object stream
     cdef int64_t count, offset
-    cdef int32_t request_no = 0, write_no = 0
+    cdef int32_t request_no = 0, write_no = 0, place
     for _, writes in requests:
         for stream_id, count, _, _, _, _ in writes:
+            if stream_id is None:
+                raise TypeError("a stream id is bytes, not None")
             if PyBytes_GET_SIZE(stream_id) != 16:
                 raise ValueError("a stream id is 16 bytes")
             totals[stream_id] = totals.get(stream_id, 0) + count
@@ -178,12 +182,21 @@ def group_parameters(list requests not None):
         add_element(stream_ids, <const unsigned char *>PyBytes_AS_STRING(stream_id), 16)
         add_int8(event_counts, totals[stream_id])
     for rows, writes in requests:
+        if rows is None:
+            raise TypeError("a request has EventRows, not None")
         request_no += 1
-        with_events = []
+        writes_with_events = []
         for stream_id, count, least_version, most_version, transaction_no, sequence_no in writes:
             write_no += 1
-            if count > 0:
-                with_events.append(write_no)
+            # What the offsets are made of must be what the rows hold: a version would come twice, or never.
+            stream = rows.streams.get(stream_id)
+            if stream is None:
+                if count != 0:
+                    raise ValueError(f"{count} events are announced for a stream of which there are no rows")
+            elif stream != len(writes_with_events) or count != rows.count_of(stream)[0]:
+                raise ValueError("the rows belong to other streams than the writes, or to these in another order")
+            else:
+                writes_with_events.append(write_no)
             number = numbers[stream_id]
             offset = totals[stream_id] - taken.get(stream_id, 0)
             taken[stream_id] = totals[stream_id] - offset + count
@@ -206,10 +219,12 @@ def group_parameters(list requests not None):
             else:
                 bounded = at_cursor = True
                 add_int8(numbers_expected, transaction_no)
-                add_int4(places_expected, sequence_no)
-        if len(with_events) != len(rows.streams):
-            raise ValueError("the rows belong to other streams than the writes")
-        events.add_rows(rows, with_events)
+                place = sequence_no
+                add_int4(places_expected, place)
+        if len(writes_with_events) != len(rows.streams):
+            raise ValueError("the rows belong to more streams than the writes")
+        if with_events:
+            events.add_rows(rows, writes_with_events)
     return (
         [
             finished(stream_ids), finished(event_counts), finished(write_requests), finished(write_streams),
@@ -244,12 +259,14 @@ def int_array(data):
     take(&source, 4)
     element_oid = read_int32(take(&source, 4))
     size = 4 if element_oid == INT4_OID else 8
-    if dimensions == 0:
-        return []
-    if dimensions != 1 or (element_oid != INT4_OID and element_oid != INT8_OID):
+    if not 0 <= dimensions <= 1 or (element_oid != INT4_OID and element_oid != INT8_OID):
         raise MalformedRow("not a one-dimensional array of integers")
-    count = read_int32(take(&source, 4))
-    take(&source, 4)
+    count = 0
+    if dimensions == 1:
+        count = read_int32(take(&source, 4))
+        take(&source, 4)
+    if count < 0:
+        raise MalformedRow(f"an array of {count} elements")
     for i in range(count):
         length = read_int32(take(&source, 4))
         if length == -1:
@@ -260,4 +277,6 @@ def int_array(data):
             elements.append(read_int32(take(&source, 4)))
         else:
             elements.append(read_int64(take(&source, 8)))
+    if source.at != source.end:
+        raise MalformedRow(f"{source.end - source.at} bytes behind the last element")
     return elements

@@ -149,10 +149,10 @@ cdef class RecordedEvent:
     @property
     def created_at(self):
         cdef int64_t moment = self.numbers.created_at
-        cdef int64_t days = moment // 86_400_000_000
-        if moment < days * 86_400_000_000:  # C division rounds towards zero
+        cdef int64_t days = moment // 86_400_000_000LL
+        if moment < days * 86_400_000_000LL:  # C division rounds towards zero
             days -= 1
-        moment -= days * 86_400_000_000
+        moment -= days * 86_400_000_000LL
         return EPOCH + c_datetime.timedelta_new(<int>days, <int>(moment // 1_000_000), <int>(moment % 1_000_000))
 
     @property
@@ -182,7 +182,8 @@ cdef class RecordedEvent:
         try:
             return decode_json(stored)
         except (MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise EventParseError.of(self, f"{what}{error}") from error
+            reason, _, path = str(error).partition(" - at `")
+            raise EventParseError.of(self, what + reason, path.rstrip("`") or None) from error
 
     def __eq__(self, other):
         """Equal as stored: the same place, ids, time, name and bytes."""

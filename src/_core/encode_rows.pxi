@@ -68,7 +68,7 @@ cdef int64_t to_microseconds(object moment) except? -1:
         local = (
             days_since_2000(
                 c_datetime.datetime_year(moment), c_datetime.datetime_month(moment), c_datetime.datetime_day(moment)
-            ) * 86_400_000_000
+            ) * 86_400_000_000LL
             + c_datetime.datetime_hour(moment) * 3_600_000_000LL + c_datetime.datetime_minute(moment) * 60_000_000LL
             + c_datetime.datetime_second(moment) * 1_000_000LL + c_datetime.datetime_microsecond(moment)
         )
@@ -79,7 +79,7 @@ cdef int64_t to_microseconds(object moment) except? -1:
             c_datetime.timedelta_days(offset) * 86_400_000_000LL + c_datetime.timedelta_seconds(offset) * 1_000_000LL
             + c_datetime.timedelta_microseconds(offset)
         )
-        if FIRST_DAY * 86_400_000_000 <= local < (LAST_DAY + 1) * 86_400_000_000:
+        if FIRST_DAY * 86_400_000_000LL <= local < (LAST_DAY + 1) * 86_400_000_000LL:
             return local
     if moment.utcoffset() is None:
         raise ValueError(f"created_at must carry a time zone: {moment.isoformat()} does not")
@@ -93,9 +93,34 @@ cdef int64_t to_microseconds(object moment) except? -1:
     if not FIRST_DAY <= days <= LAST_DAY:
         raise ValueError(f"{moment.isoformat()} lies outside the years 1 to 9999 in UTC")
     return (
-        days * 86_400_000_000 + c_datetime.timedelta_seconds(since) * 1_000_000LL
+        days * 86_400_000_000LL + c_datetime.timedelta_seconds(since) * 1_000_000LL
         + c_datetime.timedelta_microseconds(since)
     )
+
+
+cdef struct Piece:
+    const unsigned char *start
+    Py_ssize_t size
+
+
+cdef struct EventFields:
+    const unsigned char *event_id        # 16 bytes
+    const unsigned char *correlation_id  # 16 bytes, or NULL
+    int32_t version
+    int64_t moment                       # microseconds since 2000
+    bint undated                         # takes the server's time
+    bint has_metadata
+    Piece name
+    Piece payload
+    Piece metadata
+
+
+cdef inline unsigned char *write_piece(unsigned char *at, Piece piece) noexcept:
+    """Write a field of any size behind its length; returns where it ends."""
+    write_int32(at, <int32_t>piece.size)
+    if piece.size:  # an empty one may start nowhere
+        memcpy(at + 4, piece.start, piece.size)
+    return at + 4 + piece.size
 
 
 cdef struct RowMark:
@@ -159,12 +184,7 @@ cdef class EventRows:
         raises (ValueError, TypeError, BufferError, OverflowError, MemoryError) leaves the rows as they were.
         """
         cdef Py_ssize_t name_size = 0
-        cdef const char *name
-        cdef bint undated = created_at is None
-        cdef int64_t moment = 0
-        cdef int32_t version
-        cdef Py_ssize_t size
-        cdef unsigned char *at
+        cdef EventFields event
 
         # Everything that can fail for what it was given comes before the first byte is written.
         if PyBytes_GET_SIZE(event_id) != 16 or PyBytes_GET_SIZE(stream_id) != 16:
@@ -173,68 +193,86 @@ cdef class EventRows:
             raise ValueError("correlation_id is 16 bytes")
         # By hand: a C int as argument would take 1.7 for 1 and True for 1.
         check_part(event_version, MAX_EVENT_VERSION, "event_version")
-        version = event_version
+        event.version = event_version
         try:
-            name = PyUnicode_AsUTF8AndSize(event_name, &name_size)
+            event.name.start = <const unsigned char *>PyUnicode_AsUTF8AndSize(event_name, &name_size)
         except UnicodeEncodeError as error:
             raise ValueError(f"event name {event_name[:80]!r} holds a lone surrogate") from error
         if name_size == 0:
             raise ValueError("event name is empty")
         if name_size > MAX_NAME_BYTES:
             raise ValueError(f"event name takes {name_size} bytes, {MAX_NAME_BYTES} at most: {event_name[:80]!r}...")
-        if memchr(name, 0, name_size) is not NULL:
+        if memchr(event.name.start, 0, name_size) is not NULL:
             raise ValueError(f"event name {event_name!r} holds a NUL character, which PostgreSQL cannot store")
-        if not undated:
-            moment = to_microseconds(created_at)
+        event.name.size = name_size
+        event.undated = created_at is None
+        event.moment = 0 if event.undated else to_microseconds(created_at)
+        event.event_id = <const unsigned char *>PyBytes_AS_STRING(event_id)
+        event.correlation_id = NULL
+        if correlation_id is not None:
+            event.correlation_id = <const unsigned char *>PyBytes_AS_STRING(correlation_id)
+        event.payload.size = payload.shape[0]
+        event.payload.start = &payload[0] if event.payload.size else NULL
+        event.has_metadata = metadata is not None
+        event.metadata.size = 0
+        event.metadata.start = NULL
+        if event.has_metadata and metadata.shape[0]:
+            event.metadata.size = metadata.shape[0]
+            event.metadata.start = &metadata[0]
+        self.write_row(stream_id, &event)
+
+    cdef int write_row(self, bytes stream_id, const EventFields *event) except -1:
+        """Encode one event behind the others. Raises ValueError, OverflowError or MemoryError, with the rows as they were.
+
+        *stream_id* is 16 bytes, the name at most MAX_NAME_BYTES; nothing else of *event* is taken for granted.
+        """
+        cdef Py_ssize_t size
+        cdef unsigned char *at
         if self.row_count_ == 0x7FFFFFFF:
             raise OverflowError("more rows than one transaction can number")
         # Checked one by one: their sum could wrap.
-        if payload.shape[0] > MAX_ROW_BYTES or (metadata is not None and metadata.shape[0] > MAX_ROW_BYTES):
+        if event.payload.size > MAX_ROW_BYTES or (event.has_metadata and event.metadata.size > MAX_ROW_BYTES):
             raise ValueError("an event must stay below 1 GiB")
-        size = FIXED_SIZE + 4 + (16 if correlation_id is not None else 0) + 4 + name_size + 4 + payload.shape[0] + 4
-        if metadata is not None:
-            size += metadata.shape[0]
+        size = FIXED_SIZE + 4 + 4 + event.name.size + 4 + event.payload.size + 4
+        if event.correlation_id is not NULL:
+            size += 16
+        if event.has_metadata:
+            size += event.metadata.size
         if size > MAX_ROW_BYTES:
             raise ValueError(f"an event must stay below 1 GiB; this one takes {size} bytes")
 
-        at = self.begin_row(stream_id, size, undated)
+        at = self.begin_row(stream_id, size, event.undated)
         write_int16(at, COLUMN_COUNT)
         write_int32(at + AT_TRANSACTION_NO - 4, 8)
         write_int64(at + AT_TRANSACTION_NO, 0)
         write_int32(at + AT_SEQUENCE_NO - 4, 4)
         write_int32(at + AT_SEQUENCE_NO, self.row_count_)
         write_int32(at + AT_EVENT_ID - 4, 16)
-        memcpy(at + AT_EVENT_ID, PyBytes_AS_STRING(event_id), 16)
+        memcpy(at + AT_EVENT_ID, event.event_id, 16)
         write_int32(at + AT_STREAM_ID - 4, 16)
         memcpy(at + AT_STREAM_ID, PyBytes_AS_STRING(stream_id), 16)
         write_int32(at + AT_STREAM_VERSION - 4, 8)
         write_int64(at + AT_STREAM_VERSION, 0)
         write_int32(at + AT_CREATED_AT - 4, 8)
-        write_int64(at + AT_CREATED_AT, moment)
+        write_int64(at + AT_CREATED_AT, event.moment)
         write_int32(at + AT_EVENT_VERSION - 4, 4)
-        write_int32(at + AT_EVENT_VERSION, version)
+        write_int32(at + AT_EVENT_VERSION, event.version)
         at += FIXED_SIZE
-        if correlation_id is None:
+        if event.correlation_id is NULL:
             write_int32(at, -1)
             at += 4
         else:
             write_int32(at, 16)
-            memcpy(at + 4, PyBytes_AS_STRING(correlation_id), 16)
+            memcpy(at + 4, event.correlation_id, 16)
             at += 20
-        write_int32(at, <int32_t>name_size)
-        memcpy(at + 4, name, name_size)
-        at += 4 + name_size
-        write_int32(at, <int32_t>payload.shape[0])
-        if payload.shape[0]:
-            memcpy(at + 4, &payload[0], payload.shape[0])
-        at += 4 + payload.shape[0]
-        if metadata is None:
-            write_int32(at, -1)
+        at = write_piece(at, event.name)
+        at = write_piece(at, event.payload)
+        if event.has_metadata:
+            write_piece(at, event.metadata)
         else:
-            write_int32(at, <int32_t>metadata.shape[0])
-            if metadata.shape[0]:
-                memcpy(at + 4, &metadata[0], metadata.shape[0])
+            write_int32(at, -1)
         self.end_row()
+        return 0
 
     cdef unsigned char *begin_row(self, bytes stream_id, Py_ssize_t size, bint undated) except NULL:
         """Make room for a row of *size* bytes behind the others and mark it. A call that raises leaves all as it was."""

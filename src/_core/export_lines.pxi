@@ -189,9 +189,9 @@ cdef int put_moment(Sink lines, int64_t moment) except -1:
     """Microseconds since 2000 as ``2024-05-06T07:08:09.123456Z``: exact, and every line's as long."""
     cdef unsigned char *at = lines.reserve(27)
     # Counted from 0000-03-01, like days_since_2000: no moment of the years 1 to 9999 is negative.
-    cdef int64_t since = moment + 730_425 * 86_400_000_000
-    cdef int64_t days = since // 86_400_000_000
-    cdef int64_t rest = since - days * 86_400_000_000
+    cdef int64_t since = moment + 730_425 * 86_400_000_000LL
+    cdef int64_t days = since // 86_400_000_000LL
+    cdef int64_t rest = since - days * 86_400_000_000LL
     cdef uint32_t seconds = <uint32_t>(rest // 1_000_000)
     cdef int64_t era = days // 146_097
     cdef int64_t day_of_era = days - era * 146_097

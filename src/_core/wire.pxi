@@ -7,6 +7,7 @@ cdef extern from *:
     static inline uint16_t hs_swap16(uint16_t n) { return __builtin_bswap16(n); }
     static inline uint32_t hs_swap32(uint32_t n) { return __builtin_bswap32(n); }
     static inline uint64_t hs_swap64(uint64_t n) { return __builtin_bswap64(n); }
+    static inline int hs_first_bit(uint64_t n) { return __builtin_ctzll(n); }  /* the lowest one; n is not 0 */
     #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
     #error "written for little-endian machines: make the swaps conditional and run the tests"
     #endif
@@ -14,6 +15,7 @@ cdef extern from *:
     uint16_t hs_swap16(uint16_t) noexcept
     uint32_t hs_swap32(uint32_t) noexcept
     uint64_t hs_swap64(uint64_t) noexcept
+    int hs_first_bit(uint64_t) noexcept
 
 
 cdef struct Source:

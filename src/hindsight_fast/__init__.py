@@ -1,6 +1,7 @@
 """A fast, trustworthy event store for Python on PostgreSQL."""
 
 from ._core import Cursor, RecordedEvent
+from .async_store import AsyncEventStore
 from .errors import (
     AppendOutcomeUnknown,
     ConcurrencyConflict,
@@ -39,6 +40,7 @@ __all__ = [
     "STREAM_NAMESPACE",
     "AppendOutcomeUnknown",
     "AppendResult",
+    "AsyncEventStore",
     "ConcurrencyConflict",
     "Cursor",
     "EmbeddedServerError",

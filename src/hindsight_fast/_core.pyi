@@ -17,9 +17,11 @@ __all__ = [
     "Cursor",
     "EventBatch",
     "EventRows",
+    "LineEncoder",
     "RecordedEvent",
     "ResultReader",
     "check_fields",
+    "count_newlines",
     "decode_result",
     "decode_row",
     "export_lines",
@@ -158,6 +160,15 @@ def export_lines(events: Iterable[RecordedEvent], block_size: int = ...) -> Gene
 def check_fields(line: bytes, data: Buffer, metadata: Buffer | None = None) -> bool: ...
 def group_parameters(
     requests: list[tuple[EventRows, Sequence[tuple[bytes, int, int | None, int | None, int | None, int | None]]]],
+    with_events: bool = True,
 ) -> tuple[list[bytes | None], list[int], list[int]]: ...
 def int_array(data: Buffer | None) -> list[int | None]: ...
 def row_values(rows: EventRows, index: int) -> list[bytes | None]: ...
+def count_newlines(text: Buffer) -> int: ...
+
+@final
+class LineEncoder:
+    def __init__(self, stream_ids: dict[str, bytes], find_stream: Callable[[str], bytes], first_id: bytes) -> None: ...
+    def encode(
+        self, block: Buffer, start: int, line_count: int, line_no: int, offset: int, shards: Iterable[EventRows]
+    ) -> tuple[int, int, list[tuple[bytes, bytes]]]: ...

@@ -55,7 +55,9 @@ _INT: Final = struct.Struct("!i").pack
 _LONG: Final = struct.Struct("!q").pack
 _DOUBLE: Final = struct.Struct("!d").pack
 _GOOD: Final = frozenset({ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK, ExecStatus.COPY_IN})
-_SERVER_CHANGED: Final = frozenset({"HS001", "HS002"})
+# A changed generation too: an import that has filled the store, or one that was given up, is no reason to open every
+# store again.
+_STORE_CHANGED: Final = frozenset({"HS001", "HS002", "HS012"})
 # Raised behind the look-up, or by what it found: with them nothing is in doubt any more.
 _SETTLES: Final = (ConcurrencyConflict, IdempotencyConflict, psycopg.IntegrityError, psycopg.DataError)
 
@@ -174,7 +176,7 @@ class AppendCall:
     def _copy(
         self, pgconn: PGconn, request: AppendRequest, generation: int, patience: str, most_idle: str
     ) -> Talk[Outcome]:
-        group = Group([request], lean=False)
+        group = Group([request], for_copy=True)
         yield from self._ask(pgconn, self._begin_append, [patience.encode(), most_idle.encode()])
         begun = begun_of((yield from self._ask(pgconn, self._begin_copy, list(group.streams))))
         if request.look_up:
@@ -294,7 +296,7 @@ class Attempts:
         self._count = 0
         self._left = {"advance": 1, "prepare": 3, "ids": 3}
         self.advance_sequence = False
-        """Whether the sequence has to be moved on before the next attempt."""
+        """Whether the next attempt asks first what the store is by now, and moves its sequence on if need be."""
         self.met_lock = False
         """Whether somebody keeps a stream locked for longer than a moment: then it may wait with others who met it."""
 
@@ -310,14 +312,14 @@ class Attempts:
     def after(self, error: BaseException) -> float:
         """Return after how many seconds to try again. Raises *error*, or AppendOutcomeUnknown."""
         self._count += 1
-        request = self._request
         self.met_lock = self.met_lock or _is_lock_error(error)
         delay_s = self._delay_after(error)
         if delay_s is not None:
             return delay_s
-        if request.in_doubt and not isinstance(error, _SETTLES):
+        of_the_server = isinstance(error, (psycopg.Error, HindsightError)) and not isinstance(error, _SETTLES)
+        if self._request.in_doubt and of_the_server:
             # Whatever the last attempt met, it says nothing of the one that was cut off.
-            raise request.unknown(self._timeout_s) from error
+            raise self._request.unknown(self._timeout_s) from error
         raise error
 
     def _delay_after(self, error: BaseException) -> float | None:
@@ -332,16 +334,14 @@ class Attempts:
             return self._once_more("ids")
         if isinstance(error, errors.InvalidSqlStatementName):
             return self._once_more("prepare")
-        if server_changed(error):
+        if store_changed(error):
             self.advance_sequence = True
             return self._once_more("advance")
         return None
 
     def _once_more(self, what: str) -> float | None:
-        if not self._left[what]:
-            return None
         self._left[what] -= 1
-        return 0.0
+        return 0.0 if self._left[what] >= 0 else None
 
 
 def note_loss(connection: Any, requests: Sequence[AppendRequest], error: BaseException) -> bool:
@@ -357,12 +357,12 @@ def note_loss(connection: Any, requests: Sequence[AppendRequest], error: BaseExc
     return lost
 
 
-def server_changed(error: BaseException) -> bool:
-    """Whether an append was refused because the sequence lags or is another server's: it has to be moved on first."""
+def store_changed(error: BaseException) -> bool:
+    """Whether an append was refused because the store is not what its writer took it for, or its sequence lags."""
     if isinstance(error, errors.UniqueViolation):
         # A number was drawn that an open append has drawn as well: the sequence was put back under it.
         return error.diag.constraint_name == "events_pkey"
-    return isinstance(error.__cause__, psycopg.Error) and error.__cause__.sqlstate in _SERVER_CHANGED
+    return isinstance(error.__cause__, psycopg.Error) and error.__cause__.sqlstate in _STORE_CHANGED
 
 
 def _is_lock_error(error: BaseException) -> bool:

@@ -6,6 +6,7 @@ A request is settled by itself, however many share a transaction with it.
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
@@ -16,6 +17,7 @@ from .errors import AppendOutcomeUnknown, ConcurrencyConflict, IdempotencyConfli
 from .events import NewEvent
 from .writes import (
     MAX_STREAM_VERSION,
+    MOST_EVENTS,
     AppendResult,
     EventIds,
     Expected,
@@ -24,9 +26,6 @@ from .writes import (
     VersionMismatch,
     expectation_holds,
 )
-
-MOST_EVENTS: Final = 1_000_000
-"""Of one append: more is an import."""
 
 ACCEPTED, MISMATCHED, KNOWN = 0, 1, 2
 ARRAY_HEADER_BYTES: Final = 20
@@ -63,6 +62,8 @@ class AppendRequest:
     def __init__(
         self, writes: Sequence[StreamWrite], new_event: Callable[[Any], NewEvent], correlation_id: UUID | None
     ) -> None:
+        if sum(len(write.events) for write in writes) > MOST_EVENTS:
+            raise ValueError(f"more than {MOST_EVENTS} events in one append: import them")
         self.writes = writes
         self.correlation_id = correlation_id
         self.rows = EventRows()
@@ -96,10 +97,8 @@ class AppendRequest:
             self.targets.append((stream_id, len(write.events), *_bounds(write.expected)))
         if len(self.targets) > 1 and len({target[0] for target in self.targets}) < len(self.targets):
             raise ValueError("a stream is listed twice in one append; Transactions that are added are merged")
-        if len(self.events) > MOST_EVENTS:
-            raise ValueError(f"{len(self.events)} events in one append, {MOST_EVENTS} at most: import them")
         if self.look_up and len(set(self.event_ids)) < len(self.event_ids):
-            twice = next(each for each in self.event_ids if self.event_ids.count(each) > 1)
+            ((twice, _),) = Counter(self.event_ids).most_common(1)
             raise ValueError(f"the event id {twice} stands twice in one append")
 
     @property
@@ -208,13 +207,16 @@ Outcome = AppendResult | ConcurrencyConflict | KnownIds
 
 
 class Group:
-    """Requests that go in one call: its parameters, and what its answer says of each."""
+    """Requests that go in one call: its parameters, and what its answer says of each.
 
-    def __init__(self, requests: Sequence[AppendRequest], *, lean: bool = True) -> None:
+    *for_copy*: of one that goes by COPY only the heads are asked for; its events are not held a second time.
+    """
+
+    def __init__(self, requests: Sequence[AppendRequest], *, for_copy: bool = False) -> None:
         self.requests = requests
         self.look_up = any(request.look_up for request in requests)
         self.parameters: list[bytes | None]
-        self.is_one_event = lean and len(requests) == 1 and requests[0].is_one_event
+        self.is_one_event = not for_copy and len(requests) == 1 and requests[0].is_one_event
         """Whether ``append_one_v1`` takes it."""
         if self.is_one_event:
             (request,) = requests
@@ -224,7 +226,7 @@ class Group:
             self._write_streams, self._write_offsets = [0], [1]
         else:
             self.parameters, self._write_streams, self._write_offsets = group_parameters(
-                [(request.rows, request.targets) for request in requests]
+                [(request.rows, request.targets) for request in requests], not for_copy
             )
 
     @property

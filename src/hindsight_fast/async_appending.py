@@ -18,10 +18,9 @@ from .append_call import (
     AppendCall,
     Attempts,
     begins_transaction,
-    check_lent,
     note_loss,
     result_of,
-    server_changed,
+    store_changed,
 )
 from .append_request import AppendRequest, Outcome
 from .errors import WaitTimeout
@@ -90,7 +89,6 @@ class AsyncAppender:
         One is begun where the connection is not in autocommit mode. Raises as ``append`` does; after a
         ConcurrencyConflict or an IdempotencyConflict that transaction can go on.
         """
-        check_lent(connection, psycopg.AsyncConnection)
         if not request.writes:
             return AppendResult(None)
         generation = self._generation
@@ -105,7 +103,7 @@ class AsyncAppender:
                     self._call.one(connection, request, generation, most_idle=MOST_IDLE, prepare=False)
                 )
         except Exception as error:
-            if server_changed(error):
+            if store_changed(error):
                 # Not to be mended in a transaction that has failed: the next append begins with it.
                 self._generation = None
             raise

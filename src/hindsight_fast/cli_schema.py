@@ -42,7 +42,7 @@ def schema() -> None:
 )  # fmt: skip
 @click.option(
     "--sample", type=click.IntRange(min=1), metavar="N",
-    help="Decode about N events of each name and version, spread over the log.  [default: all]",
+    help="Decode N events of each name and version, drawn from the whole log.  [default: all]",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a failure, and a last one with the inventory.")
 @common_options

@@ -26,6 +26,8 @@ class EventRegistry:
     def __init__(self, event_types: Iterable[EventType[Any]]) -> None:
         self._by_name: dict[str, EventType[Any]] = {}
         self._by_class: dict[type[Any], EventType[Any]] = {}
+        if isinstance(event_types, EventType):
+            raise TypeError(f"event_types is a list: [{event_types!r}], not {event_types!r}")
         for event_type in event_types:
             if not isinstance(event_type, EventType):
                 raise TypeError(f"event_types holds EventTypes, not {type(event_type).__name__}")
@@ -85,7 +87,7 @@ class EventRegistry:
         try:
             return _decode_plain(event.data)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise EventParseError.of(event, *reason_and_path(error)) from error
+            raise EventParseError.of(event, *reason_and_path(error, event.data)) from error
 
     def _unknown(self, given: Any) -> str:
         kind = type(given).__name__

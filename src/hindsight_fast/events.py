@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, is_typeddict
@@ -11,14 +11,18 @@ from uuid import UUID
 import msgspec
 
 from .errors import EventDefinitionError, EventEncodeError, EventParseError
-from .payloads import Lossy, PayloadCodec, Unsupported, reason_and_path
+from .payloads import MAX_NESTING, Lossy, PayloadCodec, Unsupported, is_too_deep, reason_and_path
 
 if TYPE_CHECKING:
     from ._core import RecordedEvent
 
 T = TypeVar("T")
 
+_Step = tuple[str, Callable[[Any], Any]]  # where a function stands in its EventType, and the function
+
 MAX_VERSION: Final = 2**31 - 1
+MAX_NAME_BYTES: Final = 1_000
+"""What the core's encoder takes, where the reason stands."""
 
 _plain: Final = PayloadCodec(dict)
 
@@ -29,8 +33,9 @@ class NewEvent:
 
     *version* is that of the payload's layout. *event_id* is drawn when the event is appended, unless given;
     *created_at* (aware) is the server's time, unless given; *metadata* is a dict or None. ``data`` and
-    ``metadata_json`` are what is stored of payload and metadata. Raises TypeError or ValueError for what no event can
-    have, EventEncodeError for a payload or metadata that would not come back as they are.
+    ``metadata_json`` are what is stored of payload and metadata. *event_type* is the type that made it, so that
+    ``dataclasses.replace`` encodes by it again; a pickled event leaves it behind. Raises TypeError or ValueError for
+    what no event can have, EventEncodeError for a payload or metadata that would not come back as they are.
     """
 
     name: str
@@ -39,15 +44,20 @@ class NewEvent:
     event_id: UUID | None = None
     metadata: Mapping[str, Any] | None = None
     created_at: datetime | None = None
+    event_type: EventType[Any] | None = field(default=None, repr=False, compare=False, kw_only=True)
     data: bytes = field(init=False, repr=False)
     metadata_json: bytes | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_name(self.name)
         check_version(self.version)
-        if isinstance(self.payload, bytes):
+        if self.event_type is not None:
+            if (self.name, self.version) != (self.event_type.name, self.event_type.latest_version):
+                raise ValueError(f"{self.event_type!r} makes no event {self.name!r} of version {self.version}")
+            self._set("data", self.event_type.encode(self.payload))
+        elif isinstance(self.payload, bytes):
             self._set("data", _checked_json(self.payload, self.name, self.version))
-        elif type(self.payload) is dict:
+        elif isinstance(self.payload, dict):
             self._set("data", _encoded(_plain, self.payload, self.name, self.version))
         else:
             raise TypeError(
@@ -86,16 +96,21 @@ class NewEvent:
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
+    def __reduce__(self) -> tuple[Callable[..., NewEvent], tuple[Any, ...]]:
+        # Without its EventType: functions, which upcasts are, do not travel.
+        return _restored, tuple(getattr(self, name) for name in _TRAVELLING)
+
     @classmethod
     def _of_type(
-        cls, name: str, version: int, payload: Any, data: bytes, event_id: UUID | None, metadata: Any
+        cls, event_type: EventType[Any], payload: Any, data: bytes, event_id: UUID | None, metadata: Any
     ) -> NewEvent:
         """Make one of what an EventType has checked and encoded."""
         made = object.__new__(cls)
         keep = object.__setattr__  # each by itself: a loop over pairs took half of the time that encoding takes
-        keep(made, "name", name)
+        keep(made, "event_type", event_type)
+        keep(made, "name", event_type.name)
         keep(made, "payload", payload)
-        keep(made, "version", version)
+        keep(made, "version", event_type.latest_version)
         keep(made, "event_id", event_id)
         keep(made, "metadata", metadata)
         keep(made, "created_at", None)
@@ -104,14 +119,24 @@ class NewEvent:
         return made
 
 
+_TRAVELLING: Final = tuple(each.name for each in fields(NewEvent) if each.name != "event_type")
+
+
+def _restored(*values: Any) -> NewEvent:
+    made = object.__new__(NewEvent)
+    for name, value in zip(("event_type", *_TRAVELLING), (None, *values), strict=True):
+        object.__setattr__(made, name, value)
+    return made
+
+
 class EventType(Generic[T]):
     """An event's name, and the payload classes of all versions that were ever stored under it.
 
     *versions* are the classes of version 0, 1, …; the last one is what code sees. ``upcasts[i]`` makes an object of
     version i + 1 of one of version i; they are composed when the type is made. *migrations* jump from a version to the
-    last one directly; where all versions up to i have one, ``upcasts[i]`` may be None. Raises EventDefinitionError,
-    which names the hole, for an upcast too few or too many, a class listed twice (but ``dict``), a class that JSON
-    cannot hold: never when an event is read.
+    last one directly, also where the chain comes by that version: what version i means is said in one place, and
+    ``upcasts[i]`` may then be None. Raises EventDefinitionError, which names the hole, for an upcast too few or too
+    many, a class listed twice (but ``dict``), a class that JSON cannot hold: never when an event is read.
     """
 
     __slots__ = ("_codecs", "_decoders", "latest_version", "name", "payload_type", "versions")
@@ -133,8 +158,12 @@ class EventType(Generic[T]):
         except (TypeError, ValueError) as error:
             raise EventDefinitionError(str(error), name=str(name)) from None
         self.name = name
-        if isinstance(versions, (str, bytes)) or not isinstance(versions, Iterable):
+        if isinstance(versions, (str, bytes)) or not isinstance(versions, Sequence):
             raise EventDefinitionError("versions is a tuple of payload classes, the oldest first", name=name)
+        if isinstance(upcasts, (str, bytes)) or not isinstance(upcasts, Sequence):
+            raise EventDefinitionError("upcasts is a list of functions, that from version 0 first", name=name)
+        if migrations is not None and not isinstance(migrations, Mapping):
+            raise EventDefinitionError("migrations is a dict of functions by the version they begin with", name=name)
         self.versions = tuple(versions)
         if not self.versions:
             raise EventDefinitionError("it has no version: give at least one payload class", name=name)
@@ -162,7 +191,7 @@ class EventType(Generic[T]):
         Raises TypeError for another class than the latest version's, EventEncodeError for a value that would not come
         back as it is.
         """
-        return NewEvent._of_type(self.name, self.latest_version, payload, self.encode(payload), event_id, metadata)
+        return NewEvent._of_type(self, payload, self.encode(payload), event_id, metadata)
 
     def encode(self, payload: T) -> bytes:
         """Return *payload* as it is stored. Raises as calling the type does."""
@@ -213,7 +242,7 @@ class EventType(Generic[T]):
 
     def _paths(
         self, upcasts: list[Callable[[Any], Any] | None], migrations: dict[int, Callable[[Any], Any]]
-    ) -> list[tuple[Callable[[Any], Any], ...]]:
+    ) -> list[tuple[_Step, ...]]:
         """What to call, one after the other, to bring each version to the latest."""
         latest = self.latest_version
         if len(upcasts) > latest:
@@ -224,15 +253,15 @@ class EventType(Generic[T]):
                 raise EventDefinitionError(f"migrations[{version!r}] is for no version before the last", name=self.name)
             if not callable(migrate):
                 raise EventDefinitionError(f"migrations[{version}] cannot be called", name=self.name)
-        paths: list[tuple[Callable[[Any], Any], ...]] = [()]
+        paths: list[tuple[_Step, ...]] = [()]
         for version in reversed(range(latest)):
             upcast = upcasts[version] if version < len(upcasts) else None
             if upcast is not None and not callable(upcast):
                 raise EventDefinitionError(f"upcasts[{version}] cannot be called", name=self.name)
             if version in migrations:
-                paths.insert(0, (migrations[version],))
+                paths.insert(0, ((f"migrations[{version}]", migrations[version]),))
             elif upcast is not None:
-                paths.insert(0, (upcast, *paths[0]))
+                paths.insert(0, ((f"upcasts[{version}]", upcast), *paths[0]))
             else:
                 raise EventDefinitionError(
                     f"upcasts[{version}] is missing: nothing leads from version {version} to {version + 1}",
@@ -240,7 +269,7 @@ class EventType(Generic[T]):
                 )
         return paths
 
-    def _decoder(self, decode: Callable[[bytes], Any], path: tuple[Callable[[Any], Any], ...]) -> Callable[[bytes], T]:
+    def _decoder(self, decode: Callable[[bytes], Any], path: tuple[_Step, ...]) -> Callable[[bytes], T]:
         """Compose decoding and upcasting, once for all events."""
         latest = _class_of_objects(self.payload_type)
 
@@ -248,18 +277,18 @@ class EventType(Generic[T]):
             try:
                 return decode(data)  # type: ignore[no-any-return]
             except Exception as error:
-                raise Undecodable(*reason_and_path(error)) from error
+                raise Undecodable(*reason_and_path(error, data)) from error
 
         def decode_and_upcast(data: bytes) -> T:
             try:
                 payload = decode(data)
             except Exception as error:
-                raise Undecodable(*reason_and_path(error)) from error
+                raise Undecodable(*reason_and_path(error, data)) from error
             try:
-                for upcast in path:
+                for place, upcast in path:  # noqa: B007 - read where one raises
                     payload = upcast(payload)
             except Exception as error:
-                raise Undecodable(f"an upcast raised {type(error).__name__}", None) from error
+                raise Undecodable(f"{place} raised {type(error).__name__}", None) from error
             if not isinstance(payload, latest):
                 raise Undecodable(
                     f"the upcasts end with {type(payload).__name__}, not {self.payload_type.__name__}", None
@@ -279,15 +308,17 @@ class Undecodable(Exception):
 
 
 def check_name(name: str) -> str:
-    """Return an event's *name*. Raises TypeError or ValueError for what PostgreSQL cannot hold."""
+    """Return an event's *name*. Raises TypeError or ValueError for what cannot be stored as one."""
     if not isinstance(name, str):
         raise TypeError(f"an event's name must be a str, not {type(name).__name__}")
     if not name or "\0" in name:
         raise ValueError("an event's name must have at least one character, none of them NUL")
     try:
-        name.encode()
+        size = len(name.encode())
     except UnicodeEncodeError:
-        raise ValueError(f"the event name {name!r} holds half of a surrogate pair") from None
+        raise ValueError(f"the event name {name[:80]!r} holds half of a surrogate pair") from None
+    if size > MAX_NAME_BYTES:
+        raise ValueError(f"an event's name takes {MAX_NAME_BYTES:,} bytes at most, not {size:,}: {name[:80]!r}…")
     return name
 
 
@@ -315,7 +346,9 @@ def _checked_json(data: bytes, name: str, version: int) -> bytes:
     try:
         _plain.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        reason, path = reason_and_path(error)
+        reason, path = reason_and_path(error, data)
         message = f"is not the JSON of an object: {reason}"
         raise EventEncodeError(message, name=name, version=version, path=path or "$") from error
+    if is_too_deep(data):
+        raise EventEncodeError(f"is nested more than {MAX_NESTING} deep", name=name, version=version, path="$")
     return data

@@ -8,6 +8,7 @@ chance shows as a change.
 from __future__ import annotations
 
 import difflib
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +25,8 @@ UPDATE: Final = "pytest --hindsight-update-golden"
 
 _CONSTRAINTS: Final = ("gt", "ge", "lt", "le", "multiple_of", "pattern", "min_length", "max_length", "tz")
 _SHOWN_LINES: Final = 20
+MOST_LETTERS: Final = 200
+"""Of a folder's name; file systems end at 255 bytes, an event's name, escaped, at 3,000."""
 
 _encode_sorted: Final = msgspec.json.Encoder(order="sorted").encode
 
@@ -60,7 +63,12 @@ def path_of(folder: Path, event_type: EventType[Any], version: int) -> Path:
 def folder_of(folder: Path, event_type: EventType[Any]) -> Path:
     """Return where the golden files of an event type lie; a name is no path, whatever it looks like."""
     name = quote(event_type.name, safe=" ")
-    return folder / (name.replace(".", "%2E") if name.startswith(".") else name)
+    if name.startswith("."):
+        name = name.replace(".", "%2E")
+    if len(name) > MOST_LETTERS:
+        digest = hashlib.blake2b(event_type.name.encode(), digest_size=8).hexdigest()
+        name = f"{name[: MOST_LETTERS - 20]} {digest}"
+    return folder / name
 
 
 def compare(folder: Path, event_type: EventType[Any], version: int) -> None:
@@ -207,7 +215,7 @@ def _check_stored(event_type: EventType[Any], version: int, stored: bytes, which
     try:
         again = canonical(codec.decode(stored))
     except Exception as error:  # a class's own __post_init__ may raise whatever it likes
-        reason, path = reason_and_path(error)
+        reason, path = reason_and_path(error, stored)
         place = which if path is None else f"{path} of {which}"
         raise Broken(f"{changed}: {reason} ({place}). {remedy}") from error
     before = canonical(msgspec.json.decode(stored))

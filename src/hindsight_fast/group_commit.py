@@ -45,22 +45,21 @@ class GroupQueue(Generic[E]):
     next group: two in one group would both be unknown to the look-up. A group is led by its first entry, and has a lane
     until that has arrived.
 
-    Every change is one assignment, or one call of a deque: an interrupt comes before it or after it. Who was to be told
-    of one and was not can ask: ``led_by``, ``is_cared_for``.
+    Every change is one assignment, or one call of a deque: an interrupt comes before it or after it.
     """
 
     def __init__(self, lanes: int = LANES) -> None:
         self._lanes = lanes
-        self._state: tuple[deque[E], dict[E, list[E]]] = (deque(), {})
-        """Who waits, and who is on its way: the groups by their leaders."""
+        self._waiting: deque[E] = deque()
+        self._groups: dict[E, list[E]] = {}  # on their way, by leader; replaced as a whole
 
     def __len__(self) -> int:
-        return len(self._state[0])
+        return len(self._waiting)
 
     @property
     def full(self) -> bool:
         """Whether callers have to be held back."""
-        return len(self) >= MOST_WAITING
+        return len(self._waiting) >= MOST_WAITING
 
     def add(self, entry: E) -> list[E] | None:
         """Take *entry* in. Returns the group that is to leave now, if a lane is free; otherwise it waits."""
@@ -69,46 +68,43 @@ class GroupQueue(Generic[E]):
 
     def enqueue(self, entry: E) -> None:
         """Take *entry* in, to wait."""
-        self._state[0].append(entry)
+        self._waiting.append(entry)
 
     def depart(self) -> list[E] | None:
         """Return a group that is to leave now; None if no lane is free, or nobody waits."""
-        waiting, groups = self._state
-        return self._leave(waiting, groups) if waiting and len(groups) < self._lanes else None
-
-    def arrived(self, leader: E) -> None:
-        """The group of *leader* has arrived. Harmless to repeat."""
-        waiting, groups = self._state
-        self._state = (waiting, {each: group for each, group in groups.items() if each is not leader})
-
-    def withdraw(self, entry: E) -> bool:
-        """Take a waiting *entry* out. False if it has left already."""
-        try:
-            self._state[0].remove(entry)
-        except ValueError:
-            return False
-        return True
+        return self._leave() if self._waiting and len(self._groups) < self._lanes else None
 
     @property
     def leaders(self) -> list[E]:
         """Those whose groups are on their way."""
-        return list(self._state[1])
+        return list(self._groups)
 
     def led_by(self, entry: E) -> list[E] | None:
-        """The group on its way that *entry* leads."""
-        return self._state[1].get(entry)
+        """Return the group that is on its way under *entry*; None if it leads none. Needs no lock."""
+        return self._groups.get(entry)
+
+    def arrived(self, leader: E) -> None:
+        """The group of *leader* has arrived. Harmless to repeat."""
+        self._groups = {each: group for each, group in self._groups.items() if each is not leader}
+
+    def withdraw(self, entry: E) -> bool:
+        """Take a waiting *entry* out. False if it has left already."""
+        try:
+            self._waiting.remove(entry)
+        except ValueError:
+            return False
+        return True
 
     def is_cared_for(self, entry: E) -> bool:
         """Whether *entry* waits, or its group is on its way."""
-        waiting, groups = self._state
-        return entry.leader in groups or entry in waiting
+        return entry.leader in self._groups or entry in self._waiting
 
-    def _leave(self, waiting: deque[E], others: dict[E, list[E]]) -> list[E]:
+    def _leave(self) -> list[E]:
         group: list[E] = []
         stay: list[E] = []
         events = size = seen = 0
         ids: set[UUID] = set()
-        for entry in waiting:
+        for entry in self._waiting:
             request = entry.request
             if group and (events + len(request.events) > MOST_EVENTS or size + request.byte_count > MOST_BYTES):
                 break
@@ -124,22 +120,24 @@ class GroupQueue(Generic[E]):
             size += request.byte_count
         for entry in group:
             entry.leader = group[0]
-        self._state = (deque((*stay, *islice(waiting, seen, None))), {**others, group[0]: group})
+        remaining = deque((*stay, *islice(self._waiting, seen, None)))
+        groups = {**self._groups, group[0]: group}
+        self._waiting, self._groups = remaining, groups
         return group
 
 
 class _Waiter:
-    """A thread's request, and how it is woken: with an outcome, with a group to lead, or with neither, to go alone."""
+    """A thread's request, and how it is woken: with an outcome, with a group to lead, or with neither, to go alone.
 
-    __slots__ = ("awake", "done", "group", "leader", "outcome", "request")
+    That is but a hint, which an interrupt may swallow; what is so stands in *outcome* and in the queue.
+    """
+
+    __slots__ = ("awake", "leader", "outcome", "request")
 
     def __init__(self, request: AppendRequest) -> None:
         self.request = request
         self.leader: _Waiter | None = None
-        self.group: list[_Waiter] | None = None
         self.outcome: Outcome | None = None
-        self.done = False
-        """Whether its group has arrived; without an outcome it failed, and nothing was written."""
         self.awake = threading.Lock()
         self.awake.acquire()
 
@@ -160,8 +158,7 @@ class GroupCommit:
     def submit(self, request: AppendRequest, timeout_s: float) -> Outcome | None:
         """Have *request* carried out with others'. None: it was not, or nobody knows, and it is to be tried alone.
 
-        So it is as well if nothing has become of it in time. Raises WaitTimeout if so many wait that there is no room
-        for it in time.
+        Raises WaitTimeout if so many wait that there is no room for it in time.
         """
         me = _Waiter(request)
         deadline = time.monotonic() + timeout_s
@@ -169,13 +166,17 @@ class GroupCommit:
             with self._lock:
                 if self._queue.full and not self._room.wait_for(lambda: not self._queue.full, timeout_s):
                     raise WaitTimeout(f"{len(self._queue)} appends wait, and there was no room for {timeout_s:g} s")
-                me.group = self._queue.add(me)
-            while me.group is None and not me.awake.acquire(timeout=min(LOOK_ROUND_S, timeout_s)):
-                if self._look_round(me, late=time.monotonic() > deadline):
-                    break
-            if me.group is not None:
-                self._lead(me.group)
-            return me.outcome
+                self._queue.add(me)
+            woken = False
+            while True:
+                group = self._queue.led_by(me)
+                if group is not None:
+                    self._lead(group)
+                if group is not None or woken or me.outcome is not None:
+                    return me.outcome
+                woken = me.awake.acquire(timeout=min(LOOK_ROUND_S, timeout_s))
+                if not woken and self._look_round(me, late=time.monotonic() > deadline):
+                    return me.outcome
         except BaseException:
             self._give_up(me)
             raise
@@ -187,8 +188,6 @@ class GroupCommit:
                 waiter.outcome = outcome
         except Exception:  # noqa: BLE001 - each tries alone, and meets what concerns it
             pass
-        for waiter in group:
-            waiter.done = True
         self._end(group[0])
         for waiter in group[1:]:
             waiter.awake.release()
@@ -202,7 +201,6 @@ class GroupCommit:
     def _send_next(self) -> None:
         following = self._queue.depart()
         if following:
-            following[0].group = following
             following[0].awake.release()
         self._room.notify_all()
 
@@ -216,8 +214,9 @@ class GroupCommit:
         """Whether there is nothing to wait for any more, whoever should have said so."""
         with self._lock:
             self._send_next()
-            me.group = self._queue.led_by(me)
-            if me.done or me.outcome is not None or me.group is not None:
+            if self._queue.led_by(me) is not None:
+                return False
+            if me.outcome is not None:
                 return True
             if self._queue.is_cared_for(me) and not late:
                 return False

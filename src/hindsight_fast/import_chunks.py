@@ -7,10 +7,9 @@ checkpoints of its own.
 from __future__ import annotations
 
 from array import array
-from collections import deque
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field, replace
-from hashlib import blake2b
+from hashlib import sha256
 from typing import Final
 
 from ._core import EventRows
@@ -20,7 +19,7 @@ from .import_source import LineSource, SourceError
 
 MOST_CHUNK_BYTES: Final = 32 * 1024 * 1024
 """What chunks being encoded take together, a line more or less; as much again may wait, and be on its way."""
-STEP_LINES: Final = 50
+STEP_LINES: Final = 200
 """Lines encoded between two looks at the socket: about 0.15 ms, while its buffer holds milliseconds of work."""
 SHARD_LAG: Final = 8
 """A shard that gets few events is stored after so many chunks' lines all the same, so that its checkpoint keeps up."""
@@ -36,7 +35,7 @@ class Checkpoint:
 
     @classmethod
     def at_start(cls) -> Checkpoint:
-        return cls(0, 0, blake2b(digest_size=32).digest())
+        return cls(0, 0, sha256().digest())
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +106,11 @@ class ChunkMaker:
         self._import_id = import_id
         self._collect = collect
         self._reader = LineReader(import_id)
-        self._digest = blake2b(digest_size=32)
+        self._digest = sha256()  # with the processor's own instructions: 1.7 GB/s, where BLAKE2b made 0.7
         self._digested = 0  # bytes of the block that the digest has seen
         self._block = b""
         self._block_at = 0  # where in the block the next line begins
-        self._waiting: deque[bytes] = deque()
-        self._damaged = False  # the block holds bytes that are not UTF-8
+        self._text = b""  # the same, without a byte order mark
         self._line_no = 0
         self._offset = 0
         self._ended = False
@@ -143,45 +141,75 @@ class ChunkMaker:
         """Encode up to *lines* more lines. False if a chunk is done, or the source has nothing ready."""
         if self.done:
             return False
-        if not self._waiting and not self._next_block(wait=wait):
+        if self._block_at == len(self._block) and not self._next_block(wait=wait):
             return False
-        add, waiting, targets, chunks = self._reader.add, self._waiting, self._targets, self._chunks
-        fullest = max([len(chunk.rows) + len(chunk.rejected) for chunk in chunks])
-        room = min(lines, len(waiting), self.most_events - fullest)
+        fullest = max([len(chunk.rows) + len(chunk.rejected) for chunk in self._chunks])
+        room = min(lines, self.most_events - fullest)
         if self._ahead:
             room = min(room, self._ahead[0].line_no - self._line_no)
-        for _ in range(room):
-            line = waiting.popleft()
-            self._line_no += 1
-            if line and not line.isspace():
-                try:
-                    if self._damaged:
-                        _check_utf8(line)
-                    chunk = chunks[add(line, self._line_no, targets)]
-                except BadLine as error:
-                    if not self._reject(line, str(error)):
-                        return False
-                else:
-                    if len(chunk.rows) > len(chunk.line_nos):
-                        chunk.line_nos.append(self._line_no)
-                        chunk.offsets.append(self._offset)
-                        if chunk.lines is not None:
-                            chunk.lines.append(line)
-                            chunk.line_bytes += len(line)
-            self._offset += len(line) + 1
-            self._block_at += len(line) + 1
-        self._correct_end()
+        last_line_no = self._line_no + room
+        while True:
+            self._add_plain(last_line_no - self._line_no)
+            if self._line_no == last_line_no or self._block_at == len(self._block):
+                break
+            if not self._add_other():
+                return False
         if len(self._discarded):
             self._discarded.clear()
         if self._ahead and self._line_no == self._ahead[0].line_no:
             self._pass_checkpoint()
         return True
 
-    def _correct_end(self) -> None:
-        if self._block_at > len(self._block):
-            # The last line of a source may lack its newline, which was counted.
-            self._offset -= 1
-            self._block_at -= 1
+    def _add_plain(self, most_lines: int) -> None:
+        """Encode lines up to the first that is not plainly right."""
+        block_offset = self._offset - self._block_at
+        line_count, self._block_at, places = self._reader.add_plain(
+            self._text, self._block_at, most_lines, self._line_no + 1, block_offset, self._targets
+        )
+        self._line_no += line_count
+        self._offset = block_offset + self._block_at
+        for chunk, (line_nos, offsets) in zip(self._chunks, places, strict=True):
+            old = len(chunk.line_nos)
+            if len(chunk.rows) == old:
+                continue  # nothing for this shard, or nothing that is kept
+            chunk.line_nos.frombytes(line_nos)
+            chunk.offsets.frombytes(offsets)
+            if chunk.lines is not None:
+                for offset in chunk.offsets[old:]:
+                    chunk.lines.append(self._line_at(offset - block_offset))
+                chunk.line_bytes += sum(map(len, chunk.lines[old:]))
+
+    def _add_other(self) -> bool:
+        """Encode or reject the next line, whatever it is. False if it ends the import."""
+        line = self._line_at(self._block_at)
+        self._line_no += 1
+        if line and not line.isspace():
+            try:
+                _check_utf8(line)  # what lies inside data is not decoded, and the server would refuse it late
+                chunk = self._chunks[self._reader.add(line, self._line_no, self._targets)]
+            except BadLine as error:
+                if not self._reject(line, str(error)):
+                    return False
+            else:
+                if len(chunk.rows) > len(chunk.line_nos):
+                    chunk.line_nos.append(self._line_no)
+                    chunk.offsets.append(self._offset)
+                    if chunk.lines is not None:
+                        chunk.lines.append(line)
+                        chunk.line_bytes += len(line)
+        self._pass_over(line)
+        return True
+
+    def _line_at(self, start: int) -> bytes:
+        """The line that begins there in the block, without its newline."""
+        end = self._text.find(b"\n", start)
+        return self._text[start : end if end >= 0 else None]
+
+    def _pass_over(self, line: bytes) -> None:
+        # The last line of a source may lack its newline.
+        size = min(len(line) + 1, len(self._block) - self._block_at)
+        self._offset += size
+        self._block_at += size
 
     @property
     def done(self) -> bool:
@@ -271,7 +299,7 @@ class ChunkMaker:
             return False
         self._digest.update(memoryview(self._block)[self._digested :])
         if block == "end":
-            self._block, self._block_at, self._digested = b"", 0, 0
+            self._block, self._text, self._block_at, self._digested = b"", b"", 0, 0
             self._ended = True
             return False
         self._take_block(block, 0)
@@ -280,19 +308,9 @@ class ChunkMaker:
     def _take_block(self, block: bytes, start: int) -> None:
         """Take the lines of *block* from *start* on."""
         self._block, self._block_at, self._digested = block, start, start
-        text = block[start:] if start else block
-        if self._offset == 0 and text.startswith(b"\xef\xbb\xbf"):
-            text = b"   " + text[3:]  # a byte order mark, passed over as white space; offsets stay true
-        try:
-            # Checked a block at a time: what lies inside data is not decoded here, and the server would refuse it late.
-            if not text.isascii():
-                text.decode()
-            self._damaged = False
-        except UnicodeDecodeError:
-            self._damaged = True
-        self._waiting = deque(text.split(b"\n"))
-        if not self._waiting[-1]:
-            self._waiting.pop()
+        self._text = block
+        if self._offset == 0 and block.startswith(b"\xef\xbb\xbf"):
+            self._text = b"   " + block[3:]  # a byte order mark, passed over as white space; offsets stay true
 
     def _skip_to(self, checkpoint: Checkpoint) -> None:
         block, rest = b"", 0
@@ -315,12 +333,10 @@ class ChunkMaker:
             self._take_block(block, rest)
             if rest and block[rest - 1 : rest] != b"\n":
                 # The last line done had no newline yet. What comes before the next one still belongs to it.
-                remainder = self._waiting.popleft()
+                remainder = self._line_at(self._block_at)
                 if remainder and not remainder.isspace():
                     raise self._changed(checkpoint, "its last line went on")
-                self._offset += len(remainder) + 1
-                self._block_at += len(remainder) + 1
-                self._correct_end()
+                self._pass_over(remainder)
 
     def _failed(self, reason: str, line_no: int | None, offset: int | None) -> ImportFailed:
         return ImportFailed(

@@ -15,7 +15,7 @@ from zlib import crc32
 
 import msgspec
 
-from ._core import EventRows, check_fields
+from ._core import EventRows, LineEncoder, check_fields
 from .streams import stream_bytes
 
 _ABSENT: Final = msgspec.Raw(b"")
@@ -57,10 +57,22 @@ class LineReader:
         # Read as one number it rises with the line, so its index grows at one edge: random ids cost a quarter.
         name = int.from_bytes(blake2b(import_id.encode(), digest_size=16, person=b"hindsight import").digest(), "big")
         self._id_base = (name >> 80) << 80 | 8 << 76 | (name >> 64 & 0xFFF) << 64 | 0b10 << 62 | (name & 0x3FFFFF)
+        self._encoder = LineEncoder(self._streams, self._stream_id, self.derived_id(0))
 
     def derived_id(self, line_no: int) -> bytes:
         """Return the 16 bytes of the id of an event that brings none."""
         return (self._id_base | line_no << 22).to_bytes(16, "big")
+
+    def add_plain(
+        self, block: bytes, start: int, line_count: int, line_no: int, offset: int, shards: Sequence[EventRows]
+    ) -> tuple[int, int, list[tuple[bytes, bytes]]]:
+        """Add up to *line_count* lines of *block*, the one at *start* first, and stop at one that is not plainly right.
+
+        That one is for ``add``. The first line has the number *line_no*, the block begins at *offset* in its source.
+        Returns how many lines were passed, blank ones included, where the next one begins, and of each shard the line
+        numbers and the offsets of its new rows, as bytes of an ``array("q")``.
+        """
+        return self._encoder.encode(block, start, line_count, line_no, offset, shards)
 
     def add(self, line: bytes, line_no: int, shards: Sequence[EventRows]) -> int:
         """Add *line* to the rows of its shard, the one of *shards* that its stream belongs to; returns which one it is.

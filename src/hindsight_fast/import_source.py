@@ -17,6 +17,8 @@ from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import BinaryIO, Final, Literal, Self, cast
 
+from ._core import count_newlines
+
 ImportSource = str | os.PathLike[str] | BinaryIO | Iterable[bytes]
 
 BLOCK_BYTES: Final = 1024 * 1024
@@ -160,7 +162,7 @@ class LineSource:
             block = b"".join((*begun, piece[:end])) if begun else piece[:end]
             begun, begun_bytes = [piece[end:]], len(piece) - end
             del piece
-            line_no += block.count(b"\n")
+            line_no += count_newlines(block)
             offset += len(block)
             yield block
             del block

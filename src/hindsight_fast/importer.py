@@ -30,6 +30,8 @@ FIRST_CHUNK_EVENTS: Final = 5_000
 MOST_CHUNK_EVENTS: Final = 100_000
 LEAST_CHUNK_EVENTS: Final = 100
 MOST_JOBS: Final = 64
+RATE_WAIT_S: Final = 0.25
+"""How soon an import that keeps to a rate sees that it should stop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,10 @@ class ImportReport:
 
 @dataclass(frozen=True, slots=True)
 class ImportOptions:
-    """What ``import_events`` was asked for, checked."""
+    """What ``import_events`` was asked for, checked.
+
+    *go_on* is called after each chunk and while the source, or the rate, is waited for: what it raises ends the import.
+    """
 
     import_id: str
     initial: bool = False
@@ -88,6 +93,7 @@ class ImportOptions:
     max_rate: float | None = None
     dry_run: bool = False
     progress: Callable[[ImportProgress], object] | None = None
+    go_on: Callable[[], object] | None = None
 
     @property
     def most_events(self) -> int:
@@ -236,7 +242,7 @@ class _Run:
         """
         at_end = False
         while not at_end:
-            for chunk in self._maker.finish(lambda: self.take(stored_meanwhile())):
+            for chunk in self._maker.finish(lambda: self._meanwhile(stored_meanwhile)):
                 at_end, self.end = chunk.at_end, chunk.end
                 self._given += len(chunk.rows)
                 self.take(store(chunk))
@@ -257,8 +263,17 @@ class _Run:
                 self._maker.most_events = min(following, self._options.most_events_ever)
             self.tell()
 
+    def _meanwhile(self, stored: Callable[[], Iterable[Stored]]) -> None:
+        self._go_on()
+        self.take(stored())
+
+    def _go_on(self) -> None:
+        if self._options.go_on is not None:
+            self._options.go_on()
+
     def tell(self, phase: Phase = "lines", share: float | None = None) -> None:
         """Call ``progress=`` with how far all has come."""
+        self._go_on()
         if self._options.progress is not None:
             self._options.progress(
                 ImportProgress(
@@ -278,8 +293,10 @@ class _Run:
             # Of what was handed over: with several jobs it may still wait to be stored.
             events = self._given - self.tally.known
             ahead_s = events / self._options.max_rate - self.tally.seconds
-            if ahead_s > 0:
-                time.sleep(ahead_s)
+            while ahead_s > 0:
+                time.sleep(min(ahead_s, RATE_WAIT_S))
+                self._go_on()
+                ahead_s = events / self._options.max_rate - self.tally.seconds
 
 
 def next_chunk_events(events: int, seconds: float) -> int:

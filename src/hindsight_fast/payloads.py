@@ -25,6 +25,13 @@ _naive_time_in: Final = re.compile(rb'T\d\d:\d\d:\d\d(?:\.\d{1,6})?"').search
 # Complaints of msgspec's that go on to quote the value.
 _QUOTING: Final = re.compile(r"Invalid (?:enum )?value\b")
 _TOO_DEEP: Final = "is nested too deeply, or holds itself"
+MAX_NESTING: Final = 500
+"""Levels of arrays and objects, as in an import: what is nested deeper decodes only where the stack is not yet deep."""
+_strings: Final = re.compile(rb'"(?:[^"\\]|\\.)*+"').sub
+_BRACKETS: Final = bytes.maketrans(b"[]", b"{}")
+_NO_BRACKETS: Final = bytes(set(range(256)) - set(b"[]{}"))
+# A high half of a surrogate pair, escaped, where the text ends: msgspec calls that truncated.
+_half_pair_ends: Final = re.compile(rb'(?<!\\)(?:\\\\)*\\u[dD][89abAB][0-9a-fA-F]{2}"').search
 _KEYS: Final = (
     shapes.AnyType, shapes.StrType, shapes.IntType, shapes.FloatType, shapes.DecimalType, shapes.UUIDType,
     shapes.DateTimeType, shapes.DateType, shapes.TimeType, shapes.TimeDeltaType, shapes.BytesType, shapes.EnumType,
@@ -54,7 +61,7 @@ class PayloadCodec:
         self.decode: Callable[[bytes], Any] = msgspec.json.Decoder(payload_class).decode
         nodes = [] if shape is None else [node for _, node in _nodes(shape, "", set())]
         self._holds_times = any(isinstance(node, shapes.DateTimeType) for node in nodes)
-        self._equality_sees_all = not any(map(_hides_fields, nodes))
+        self._equality_sees_all = not any(map(_may_hide_fields, nodes))
 
     def encode(self, payload: Any) -> bytes:
         """Return *payload* as JSON that decodes to its equal. Raises Lossy."""
@@ -62,17 +69,20 @@ class PayloadCodec:
             data = _encode(payload)
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise Lossy(*_unencodable(payload, error)) from error
+        if is_too_deep(data):
+            raise Lossy("$", f"is nested more than {MAX_NESTING} deep")
         try:
             back = self.decode(data)
         except Exception as error:  # a class's own __post_init__ may raise whatever it likes
             if found := _difference(payload, payload):  # a NaN, say, where msgspec tells of a null
                 raise Lossy(*found) from error
-            reason, path = reason_and_path(error)
+            reason, path = reason_and_path(error, data)
             raise Lossy(path or "$", f"would not be read again: {reason}") from error
         # Equal is nearly always enough: 0.6 µs for ten fields, where a walk over them takes 31. But naive times come
         # back equal to themselves, and a time in a repeated hour unequal to itself.
         surely_exact = (
             self._equality_sees_all
+            and type(back) is type(payload)
             and _are_equal(back, payload)
             and not (self._holds_times and _naive_time_in(data) is not None)
         )
@@ -116,8 +126,21 @@ def check_payload_class(payload_class: type[Any]) -> shapes.Type | None:
     return shape
 
 
-def reason_and_path(error: Exception) -> tuple[str, str | None]:
-    """Say why bytes could not be decoded, and where in the JSON, if that is known; without any value out of them."""
+def is_too_deep(data: bytes) -> bool:
+    """Whether JSON is nested more than MAX_NESTING deep."""
+    # What opens closes, and few payloads hold so many brackets at all.
+    if len(data) <= 2 * MAX_NESTING or data.count(b"{") + data.count(b"[") <= MAX_NESTING:
+        return False
+    brackets = _strings(b"", data).translate(_BRACKETS, _NO_BRACKETS)
+    for _ in range(MAX_NESTING):
+        if not brackets:
+            return False
+        brackets = brackets.replace(b"{}", b"")  # the innermost level
+    return bool(brackets)
+
+
+def reason_and_path(error: Exception, data: bytes) -> tuple[str, str | None]:
+    """Say why *data* could not be decoded, and where in the JSON, if that is known; without any value out of it."""
     if isinstance(error, UnicodeDecodeError):
         return "text that is no UTF-8", None
     if isinstance(error, RecursionError):
@@ -132,6 +155,8 @@ def reason_and_path(error: Exception) -> tuple[str, str | None]:
         reason = f"the class itself refuses it, by {type(error.__cause__).__name__}"
     elif quoting := _QUOTING.match(reason):
         reason = quoting.group()
+    elif reason == "Input data was truncated" and _half_pair_ends(data) is not None:
+        reason = "half of an escaped surrogate pair"
     return reason, path.rstrip("`") or None
 
 
@@ -167,13 +192,22 @@ def _nodes(shape: shapes.Type, path: str, seen: set[type[Any]]) -> Iterator[tupl
         yield from _nodes(shape.item_type, f"{path}[…]", seen)
 
 
-def _hides_fields(node: shapes.Type) -> bool:
-    """Whether == between two objects of a class may leave out fields (``compare=False``)."""
-    if not isinstance(node, shapes.DataclassType):
+def _may_hide_fields(node: shapes.Type) -> bool:
+    """Whether == between two objects of a class may leave out fields, by ``compare=False`` or an __eq__ of its own."""
+    if not isinstance(node, (shapes.DataclassType, shapes.StructType, shapes.NamedTupleType)):
         return False
+    equality: object = node.cls.__eq__
+    if not isinstance(node, shapes.DataclassType):
+        return equality not in (msgspec.Struct.__eq__, tuple.__eq__)
+    # One that is inherited knows nothing of the fields that were added.
+    code = getattr(vars(node.cls).get("__eq__"), "__code__", None)
+    if code is None:
+        return True
     if dataclasses.is_dataclass(node.cls):
-        return not all(each.compare for each in dataclasses.fields(node.cls))
-    return not all(each.eq for each in getattr(node.cls, "__attrs_attrs__", ()))
+        is_generated = code.co_qualname.startswith("__create_fn__.")
+        return not (is_generated and all(each.compare for each in dataclasses.fields(node.cls)))
+    is_generated = code.co_filename.startswith("<attrs generated ")
+    return not (is_generated and all(each.eq and each.eq_key is None for each in _attrs_fields(node.cls)))
 
 
 def _are_equal(left: Any, right: Any) -> bool:
@@ -214,7 +248,9 @@ def _first_difference(mine: Any, back: Any, path: str) -> tuple[str, str] | None
         return path, "is not a number"
     inner = _parts(mine, back, path)
     if inner is None:
-        return None if _are_equal(mine, back) else (path, _other(mine, back))
+        # An object of a class that lies between: its own == may see no more than its parent's fields.
+        is_other_class = type(mine) is not type(back) and field_names(mine) is not None
+        return None if not is_other_class and _are_equal(mine, back) else (path, _other(mine, back))
     for inner_path, inner_mine, inner_back in inner:
         if found := _first_difference(inner_mine, inner_back, inner_path):
             return found
@@ -260,10 +296,16 @@ def field_names(value: Any) -> list[str] | None:
     if dataclasses.is_dataclass(kind):
         return [each.name for each in dataclasses.fields(kind)]
     if hasattr(kind, "__attrs_attrs__"):
-        return [each.name for each in kind.__attrs_attrs__]
+        return [each.name for each in _attrs_fields(kind)]
     if isinstance(value, tuple) and hasattr(kind, "_fields"):
         return list(kind._fields)
     return None
+
+
+def _attrs_fields(kind: type[Any]) -> tuple[Any, ...]:
+    """The fields of an attrs class, asked without attrs, which need not be installed."""
+    found: tuple[Any, ...] = getattr(kind, "__attrs_attrs__", ())
+    return found
 
 
 def _other(mine: Any, back: Any) -> str:

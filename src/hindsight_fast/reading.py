@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, LiteralString, NamedTuple
 from uuid import UUID
 
@@ -19,7 +19,6 @@ from .statements import (
     BELOW_BOUND,
     CORRELATION_FILTER,
     NAMES_FILTER,
-    SAMPLE_FILTER,
     STREAM_BELOW_BOUND,
     STREAM_SPAN,
     UP_TO_CURSOR,
@@ -220,10 +219,7 @@ class BoundedReader(PageReader):
 
 
 class LogReader(BoundedReader):
-    """Reads the whole log, or what passes its filters.
-
-    Of a *sample* every so manieth event: how manieth, by name and version.
-    """
+    """Reads the whole log, or what passes its filters."""
 
     def __init__(
         self,
@@ -235,7 +231,6 @@ class LogReader(BoundedReader):
         correlation_id: UUID | None = None,
         limit: int | None = None,
         page_rows: int = PAGE_ROWS,
-        sample: Mapping[tuple[str, int], int] | None = None,
     ) -> None:
         super().__init__(
             statements,
@@ -246,16 +241,9 @@ class LogReader(BoundedReader):
             limit=limit,
             page_rows=page_rows,
         )
-        if sample is not None:
-            self._filters.append(SAMPLE_FILTER)
-            self._filter_values += [
-                [name for name, _ in sample],
-                [version for _, version in sample],
-                list(sample.values()),
-            ]
         self._page_end: Cursor | Literal["the end"] | None = None
         # One cause's events are found by an index of their own; names alone make a read scan.
-        self._scans = (event_names is not None or sample is not None) and correlation_id is None
+        self._scans = event_names is not None and correlation_id is None
 
     def _next_below(self, bound: Bound) -> Request:
         where: list[LiteralString] = [BEHIND_CURSOR, BELOW_BOUND]
@@ -389,6 +377,29 @@ class StreamReader(PageReader):
         elif events:
             self._from = events[-1].stream_version + 1
         self._done = len(events) < wanted
+
+
+class PlacesReader(PageReader):
+    """Reads the events at *places*, pairs of numbers in the order of the log.
+
+    Somebody has seen an event at each of them, so no bound is needed.
+    """
+
+    fixed = True
+
+    def __init__(self, statements: Statements, places: Sequence[tuple[int, int]]) -> None:
+        super().__init__(statements, None, PAGE_ROWS)
+        self._places = places
+        self._passed = 0
+        self._done = not places
+
+    def _next_request(self) -> Request:
+        page = self._places[self._passed : self._passed + self._wanted()]
+        return Request(self._statements.events_at, ([each[0] for each in page], [each[1] for each in page]), "events")
+
+    def _take_events(self, events: Sequence[RecordedEvent], wanted: int) -> None:
+        self._passed += wanted
+        self._done = self._passed >= len(self._places)
 
 
 def tell_of_stalled(rows: list[tuple[Any, ...]]) -> bool:

@@ -102,7 +102,7 @@ CREATE TABLE IF NOT EXISTS hindsight.imports (
     shard_count     integer NOT NULL,
     line_no         bigint  NOT NULL DEFAULT 0,     -- lines of the source that are done
     byte_offset     bigint  NOT NULL DEFAULT 0,     -- where the next one begins, decompressed
-    source_digest   bytea   NOT NULL DEFAULT '',    -- BLAKE2b of the bytes before byte_offset
+    source_digest   bytea   NOT NULL DEFAULT '',    -- SHA-256 of the bytes before byte_offset
     event_count     bigint  NOT NULL DEFAULT 0,     -- events stored
     finished        boolean NOT NULL DEFAULT false, -- the source's end was reached
     started_at      timestamptz NOT NULL DEFAULT clock_timestamp(),

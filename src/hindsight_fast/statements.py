@@ -47,26 +47,34 @@ UP_TO_CURSOR: Final = "(e.transaction_no, e.sequence_no) <= (%s::bigint, %s::int
 NAMES_FILTER: Final = "e.event_name = ANY(%s::text[])"
 CORRELATION_FILTER: Final = "e.correlation_id = %s::uuid"
 
-# Every so manieth event of each name and version, the same ones each time: chosen by their ids.
-SAMPLE_FILTER: Final = """
-    EXISTS (
-        SELECT FROM unnest(%s::text[], %s::integer[], %s::bigint[]) AS kind (name, version, every)
-        WHERE kind.name COLLATE "C" = e.event_name AND kind.version = e.event_version
-            AND mod(uuid_hash(e.event_id)::bigint + 2147483648, kind.every) = 0
-    )
+# Where a table's rows lie, and in how many blocks.
+TABLE_FILE: Final = b"""
+    SELECT pg_relation_filenode(c.oid)::bigint, pg_relation_size(c.oid) / current_setting('block_size')::bigint
+    FROM pg_class AS c WHERE c.oid = %s::regclass
 """
 
-# How many events of each name and version there are among the next so many, and where those end.
+# How many events of each name and version lie in a span of the table's blocks, and the places of those with the lowest
+# lots: of each kind at most as high as told, all of a kind that was not met yet. By blocks, because in the order of the
+# log it takes twice as long. An event's lot is drawn once for all, by its id.
 COUNT_KINDS: Final = """
-    WITH span AS MATERIALIZED (
-        SELECT e.transaction_no, e.sequence_no, e.event_name, e.event_version FROM {schema}.events AS e
-        WHERE {conditions} ORDER BY e.transaction_no, e.sequence_no LIMIT {limit}
-    )
-    SELECT span.event_name, span.event_version, count(*), last.transaction_no, last.sequence_no
-    FROM span, (SELECT s.* FROM span AS s ORDER BY s.transaction_no DESC, s.sequence_no DESC LIMIT 1) AS last
-    GROUP BY span.event_name, span.event_version, last.transaction_no, last.sequence_no
+    SELECT e.event_name, e.event_version, count(*), array_agg(e.lot) FILTER (WHERE e.is_low),
+        array_agg(e.transaction_no) FILTER (WHERE e.is_low), array_agg(e.sequence_no) FILTER (WHERE e.is_low)
+    FROM (
+        SELECT e.event_name, e.event_version, e.transaction_no, e.sequence_no, uuid_hash(e.event_id) AS lot,
+            kind.highest IS NULL OR uuid_hash(e.event_id) <= kind.highest AS is_low
+        FROM {schema}.events AS e
+        LEFT JOIN unnest(%s::text[], %s::integer[], %s::integer[]) AS kind (name, version, highest)
+            ON kind.name COLLATE "C" = e.event_name AND kind.version = e.event_version
+        WHERE e.ctid >= %s::tid AND e.ctid < %s::tid AND e.transaction_no < %s::bigint
+    ) AS e
+    GROUP BY e.event_name, e.event_version
 """
-COUNTED_AT_ONCE: Final = 100_000
+
+# Events by their places, each found by the primary key.
+EVENTS_AT: Final = """
+    SELECT {columns} FROM unnest(%s::bigint[], %s::integer[]) AS place (transaction_no, sequence_no)
+    JOIN {schema}.events AS e USING (transaction_no, sequence_no) ORDER BY e.transaction_no, e.sequence_no
+"""
 
 # A page of a filtered read ends where this many rows were scanned, not where as many were found: otherwise a rare event
 # makes one statement run for minutes. Index-only; no row means that the rest fits into one page.
@@ -350,9 +358,8 @@ class Statements:
         self._columns = sql.SQL(", ").join(sql.Identifier("e", column) for column in EVENT_COLUMNS)
         self.stream_version = self._compose(STREAM_VERSION)
         self.event_cursor = self._compose(EVENT_CURSOR)
-        self.count_kinds = self._compose(
-            COUNT_KINDS, conditions=self._all([BEHIND_CURSOR, BELOW_BOUND]), limit=sql.Literal(COUNTED_AT_ONCE)
-        )
+        self.count_kinds = self._compose(COUNT_KINDS)
+        self.events_at = self._compose(EVENTS_AT, columns=self._columns)
         self.stream_start = self._compose(STREAM_START)
         self.stream_range = self._compose(STREAM_RANGE)
         self.read_barrier = self._compose(READ_BARRIER)

@@ -17,7 +17,6 @@ from psycopg_pool import ConnectionPool
 
 from ._core import Cursor, RecordedEvent
 from .append_call import AppendCall
-from .append_request import AppendRequest
 from .appending import Appender
 from .connecting import check_encodings, connection_conninfo
 from .errors import ConcurrencyConflict, StoreClosed
@@ -33,7 +32,7 @@ from .reading import PAGE_ROWS, PageReader, Request, check_correlation_id, check
 from .schema import StoreMeta
 from .statements import SESSION_SETTINGS
 from .store_base import READ_AHEAD_PATIENCE_S, Answer, PageWalk, StoreBase, Talk
-from .writes import NO_STREAM, AppendResult, Expected, StreamHistory, StreamWrite, Transaction
+from .writes import AppendResult, Expected, StreamHistory, StreamWrite, Transaction, history_of
 
 Connection = psycopg.Connection[Any]
 T = TypeVar("T")
@@ -200,6 +199,7 @@ class EventStore(StoreBase):
         ``decide`` may be called several times, so it should do nothing but decide.
         """
         check_count(attempts, "attempts", least=1)
+        check_correlation_id(correlation_id)
         for attempt in range(attempts):
             history = self.load_stream(stream_id)
             try:
@@ -213,14 +213,12 @@ class EventStore(StoreBase):
 
     def load_stream(self, stream_id: UUID) -> StreamHistory:
         """Return all events of a stream, its version, and what to expect when appending to it: for aggregates."""
-        events = tuple(self.read_stream(stream_id))
-        version = events[-1].stream_version if events else None
-        return StreamHistory(events, version, NO_STREAM if version is None else version)
+        return history_of(list(self.read_stream(stream_id)))
 
     def _append(
         self, writes: Sequence[StreamWrite], correlation_id: UUID | None, connection: Connection | None
     ) -> AppendResult:
-        request = AppendRequest(writes, self._registry.new_event, check_correlation_id(correlation_id))
+        request = self._append_request(writes, correlation_id, connection, psycopg.Connection)
         if connection is None:
             return self._appender.append(request)
         return self._appender.append_on(connection, request)

@@ -18,6 +18,8 @@ from psycopg import errors
 from psycopg.pq import TransactionStatus
 
 from ._core import Cursor, RecordedEvent
+from .append_call import check_lent
+from .append_request import AppendRequest
 from .connecting import check_encodings, find_conninfo, shown_conninfo
 from .errors import SchemaError, StoreClosed
 from .event_registry import EventRegistry
@@ -43,6 +45,8 @@ from .statements import FOUND_TABLE, Statements
 
 if TYPE_CHECKING:
     from psycopg.pq.abc import PGresult
+
+    from .writes import StreamWrite
 
 T = TypeVar("T")
 
@@ -176,6 +180,17 @@ class StoreBase:
         return rows[0][0] if rows else None
 
     # What may be asked for, checked before anything is sent
+
+    def _append_request(
+        self, writes: Sequence[StreamWrite], correlation_id: UUID | None, connection: Any, kind: type[Any]
+    ) -> AppendRequest:
+        """The append that is asked for, over a *connection* of the caller's, if one is given, of this *kind*."""
+        request = AppendRequest(writes, self._registry.new_event, check_correlation_id(correlation_id))
+        if connection is not None:
+            check_lent(connection, kind)
+        if not self._open:
+            raise self._not_open()
+        return request
 
     def _selection(
         self,

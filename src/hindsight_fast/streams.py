@@ -8,6 +8,7 @@ from uuid import UUID
 
 STREAM_NAMESPACE: Final = UUID("03256585-295d-5521-875e-a6e6d09f422f")
 """The UUIDv5 namespace of ``stream_uuid``; fixed for ever, because stored streams are found by it."""
+_NAMESPACE_BYTES: Final = STREAM_NAMESPACE.bytes
 
 
 def stream_uuid(*parts: str) -> UUID:
@@ -38,7 +39,7 @@ def _netstrings(parts: tuple[str, ...]) -> bytes:
 
 
 def _uuid5(name: bytes) -> bytes:
-    digest = bytearray(sha1(STREAM_NAMESPACE.bytes + name, usedforsecurity=False).digest()[:16])
+    digest = bytearray(sha1(_NAMESPACE_BYTES + name, usedforsecurity=False).digest()[:16])
     digest[6] = digest[6] & 0x0F | 0x50
     digest[8] = digest[8] & 0x3F | 0x80
     return bytes(digest)

@@ -1,33 +1,46 @@
-"""A synchronous call made in a worker thread on behalf of a coroutine, which it can ask things, and which can stop it."""
+"""A synchronous call made in a worker thread for a coroutine, which it can ask things, and which can stop it."""
 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextvars
+import sys
 from collections.abc import Callable, Coroutine
-from concurrent.futures import CancelledError as AskingCancelled
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 T = TypeVar("T")
+
+LOOK_S: Final = 1.0
+"""How often a worker that waits for an answer looks whether there is still a loop to give it."""
 
 
 class CallerCancelled(Exception):
     """Raised in the worker thread: who waits for its work has been cancelled."""
 
 
-async def to_the_end(work: asyncio.Future[T]) -> T:
-    """Wait until *work* is done even if cancelled meanwhile, and be cancelled only then."""
+def begin(work: Coroutine[Any, Any, T], *, name: str) -> asyncio.Future[T]:
+    """Begin *work* as a task, which goes on whatever becomes of the caller.
+
+    At once from Python 3.12 on, and mostly it is done then; before, a turn of the loop made 40 µs of a call's 220.
+    """
+    if sys.version_info >= (3, 12):
+        return asyncio.Task(work, loop=asyncio.get_running_loop(), name=name, eager_start=True)
+    return asyncio.create_task(work, name=name)
+
+
+async def until_done(work: asyncio.Future[Any]) -> None:
+    """Wait until *work* is done, well or not, even if cancelled meanwhile; be cancelled only then."""
     cancelled: asyncio.CancelledError | None = None
     while not work.done():
         try:
             await asyncio.wait([work])
         except asyncio.CancelledError as error:
             cancelled = error
+    if not work.cancelled():
+        work.exception()  # so that nobody misses it: who wants it asks for the result
     if cancelled is not None:
-        if not work.cancelled():
-            work.exception()  # has been seen: the cancellation is what the caller hears of
         raise cancelled
-    return work.result()
 
 
 class WorkerCall:
@@ -44,7 +57,12 @@ class WorkerCall:
         Cancelled, it stops the call at the next ``go_on()`` or ``ask()``, and waits until the thread is done with it.
         """
         context = contextvars.copy_context()
-        work = self._loop.run_in_executor(None, lambda: context.run(call))
+
+        def start() -> T:
+            self.go_on()
+            return context.run(call)
+
+        work = self._loop.run_in_executor(None, start)
         try:
             return await asyncio.shield(work)
         except asyncio.CancelledError:
@@ -52,12 +70,12 @@ class WorkerCall:
             if self._asked is not None:
                 self._asked.cancel()
             # The thread ends with CallerCancelled, or with whatever it had come to by then.
-            await asyncio.gather(to_the_end(work), return_exceptions=True)
+            await until_done(work)
             raise
 
     def go_on(self) -> None:
         """Raise CallerCancelled if the call is to stop."""
-        if self._stopping:
+        if self._stopping or self._loop.is_closed():
             raise CallerCancelled
 
     def ask(self, question: Callable[[], Coroutine[Any, Any, T]]) -> T:
@@ -72,7 +90,11 @@ class WorkerCall:
                 self._asked = None
 
         self.go_on()
+        asked = asyncio.run_coroutine_threadsafe(answer(), self._loop)
+        while not concurrent.futures.wait([asked], LOOK_S).done:
+            if self._loop.is_closed():
+                raise CallerCancelled
         try:
-            return asyncio.run_coroutine_threadsafe(answer(), self._loop).result()
-        except AskingCancelled:
+            return asked.result()
+        except concurrent.futures.CancelledError:
             raise CallerCancelled from None

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
@@ -35,6 +36,8 @@ STREAM_EXISTS: Final = ExpectedVersion.STREAM_EXISTS
 Expected = ExpectedVersion | int | Cursor
 
 MAX_STREAM_VERSION: Final = 2**63 - 1
+MOST_EVENTS: Final = 1_000_000
+"""Of one append: more is an import."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +62,13 @@ class StreamWrite:
     expected: Expected
 
     def __post_init__(self) -> None:
-        # Gone through here, once: what is written must not depend on when a generator runs.
-        object.__setattr__(self, "events", tuple(self.events))
+        if isinstance(self.events, (str, bytes, Mapping)):
+            # An empty one would be taken for no events.
+            raise TypeError(f"events is a list of events, not a {type(self.events).__name__}")
+        # Gone through here, once: what is written must not depend on when a generator runs. One may have no end.
+        object.__setattr__(self, "events", tuple(islice(self.events, MOST_EVENTS + 1)))
+        if len(self.events) > MOST_EVENTS:
+            raise ValueError(f"more than {MOST_EVENTS} events in one append: import them")
         if not isinstance(self.stream_id, UUID):
             raise TypeError(f"stream_id must be a UUID, not {type(self.stream_id).__name__}")
         check_expected(self.expected)
@@ -122,6 +130,12 @@ class StreamHistory:
     events: Sequence[RecordedEvent]
     version: int | None
     expected: Expected
+
+
+def history_of(events: Sequence[RecordedEvent]) -> StreamHistory:
+    """Return the history that all *events* of a stream make."""
+    version = events[-1].stream_version if events else None
+    return StreamHistory(tuple(events), version, NO_STREAM if version is None else version)
 
 
 @dataclass(frozen=True, slots=True)

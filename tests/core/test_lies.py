@@ -362,6 +362,24 @@ def is_utf8(line: bytes) -> bool:
     return True
 
 
+def test_damaged_lines_a_block_at_a_time(chance: random.Random) -> None:
+    # Nothing is left over that LineReader.add would not take as well, and nothing is made of what it refuses.
+    plain = FULL_LINE.replace(b"\\u0063", b"c")
+    for _ in range(EXAMPLES // 100):
+        block = b"\n".join([damaged(plain, chance) if chance.random() < 0.9 else plain for _ in range(100)])
+        reader, at, taken, expected = LineReader("a"), 0, EventRows(), EventRows()
+        while at < len(block):
+            start = at
+            passed, at, _ = reader.add_plain(block, start, chance.choice((1, 7, 1000)), 1, 0, [taken])
+            for line_no, line in enumerate(block[start:at].split(b"\n")[:passed], 1):
+                if line.strip():
+                    line.decode()
+                    reader.add(line, line_no, [expected])
+            if passed == 0:
+                at = block.find(b"\n", at) + 1 or len(block)
+        assert [taken.row(n) for n in range(len(taken))] == [expected.row(n) for n in range(len(expected))]
+
+
 def test_damaged_lines_scanned_whatever_they_are(chance: random.Random) -> None:
     data_at, data_end = FULL_LINE.index(b'{"t"'), FULL_LINE.index(b',"version"')
     for _ in range(EXAMPLES):

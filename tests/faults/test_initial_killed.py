@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from conftest import TEST_SETTINGS, root_for_servers
 from hindsight_fast import EventStore, SchemaError
 from hindsight_fast.embedded import EmbeddedServer
 from hindsight_fast.installations import Installation
+from initial_imports import Connection, wait_until
 
 # Tells each phase and chunk, and waits for a word before it goes on to the next phase.
 IMPORT_PROGRAM = """
@@ -40,9 +41,6 @@ print("done", flush=True)
 """
 
 EVENT_COUNT = 3_000
-DEADLINE_S = 60.0
-
-Connection = psycopg.Connection[tuple[Any, ...]]
 
 
 @pytest.fixture(scope="module")
@@ -88,13 +86,6 @@ class Importer:
         self.process.kill()
         self.process.communicate()
         assert self.process.returncode == -signal.SIGKILL
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about in time"
-        time.sleep(0.005)
 
 
 def somebody_waits(connection: Connection, what: str) -> bool:
