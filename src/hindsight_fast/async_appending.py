@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Any
 
 import psycopg
@@ -33,24 +34,26 @@ Connection = psycopg.AsyncConnection[Any]
 class AsyncAppender:
     """Carries out the appends of one store.
 
-    ``lend()`` gives a connection in autocommit mode; ``prepare(connection)`` returns the generation under which the
-    store may write, after it has moved on a sequence that lags or changed hands.
+    ``lend(timeout_s)`` gives a connection in autocommit mode, of *most_connections*; ``prepare(connection)`` returns
+    the generation under which the store may write, after it has moved on a sequence that lags or changed hands.
     """
 
     def __init__(
         self,
-        lend: Callable[[], AbstractAsyncContextManager[Connection]],
+        lend: Callable[[float], AbstractAsyncContextManager[Connection]],
         prepare: Callable[[Connection], Awaitable[int]],
         call: AppendCall,
         *,
         timeout_s: float,
         group_commit: bool,
+        most_connections: int,
     ) -> None:
         self._lend = lend
         self._prepare = prepare
         self._timeout_s = timeout_s
         self._call = call
         self._groups = AsyncGroupCommit(self._run_group) if group_commit else None
+        self._patient = asyncio.Semaphore(max(1, most_connections // 2))
         self._generation: int | None = None
 
     async def append(self, request: AppendRequest) -> AppendResult:
@@ -60,21 +63,27 @@ class AsyncAppender:
         """
         if not request.writes:
             return AppendResult(None)
+        began = time.monotonic()
         if self._groups is not None and request.byte_count < COPY_FROM_BYTES:
             result = result_of(await self._groups.submit(request, self._timeout_s))
             if result is not None:
                 return result
-        attempts = Attempts(request, self._timeout_s)
+        attempts = Attempts(request, self._timeout_s, began)
         while True:
             try:
-                async with self._lend() as connection:
+                async with AsyncExitStack() as held:
+                    patience = GROUP_PATIENCE
+                    if attempts.met_lock and await self._may_be_patient(attempts.left_s):
+                        held.callback(self._patient.release)
+                        patience = LONE_PATIENCE
+                    connection = await held.enter_async_context(self._lend(attempts.left_s))
                     if attempts.advance_sequence:
                         self._generation, attempts.advance_sequence = None, False
                     generation = await self._ready(connection)
                     try:
                         async with connection.lock:
                             return await connection.wait(
-                                self._call.one(connection, request, generation, patience=LONE_PATIENCE)
+                                self._call.one(connection, request, generation, patience=patience)
                             )
                     except BaseException as error:
                         note_loss(connection, [request], error)
@@ -93,7 +102,7 @@ class AsyncAppender:
             return AppendResult(None)
         generation = self._generation
         if generation is None:
-            async with self._lend() as own:
+            async with self._lend(self._timeout_s) as own:
                 generation = await self._ready(own)
         if begins_transaction(connection):
             await psycopg.AsyncCursor(connection).execute("SELECT 1")  # psycopg begins it as the connection is set to
@@ -109,7 +118,7 @@ class AsyncAppender:
             raise
 
     async def _run_group(self, requests: Sequence[AppendRequest]) -> Sequence[Outcome]:
-        async with self._lend() as connection:
+        async with self._lend(self._timeout_s) as connection:
             generation = await self._ready(connection)
             try:
                 async with connection.lock:
@@ -119,6 +128,14 @@ class AsyncAppender:
             except BaseException as error:
                 note_loss(connection, requests, error)
                 raise
+
+    async def _may_be_patient(self, timeout_s: float) -> bool:
+        """Whether there is room among those who wait for a stream that somebody keeps locked; to be released."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._patient.acquire()
+        except TimeoutError:
+            return False
 
     async def _ready(self, connection: Connection) -> int:
         if self._generation is None:

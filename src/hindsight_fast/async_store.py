@@ -82,6 +82,7 @@ class AsyncEventStore(StoreBase):
             AppendCall(self._statements),
             timeout_s=timeout,
             group_commit=group_commit,
+            most_connections=self._most_connections,
         )
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import linecache
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from types import FrameType
 from typing import Any
@@ -62,6 +63,7 @@ def interrupt_a_leader(line: int) -> str | None:
     groups = GroupCommit(lane.run, lanes=1)
     requests = [request() for _ in range(4)]
     outcomes: list[Outcome | str | None] = ["none came"] * 4
+    began = time.monotonic()
     interrupt = InterruptAt(line)
 
     def submit(n: int) -> None:
@@ -84,6 +86,7 @@ def interrupt_a_leader(line: int) -> str | None:
                 wait_until(lambda: len(groups._queue) >= 2, what="two others wait")
                 lane.free.set()
     assert "none came" not in outcomes
+    assert time.monotonic() - began < 5, f"{interrupt.where}: nobody went on before the timeout"
     for n in (0, 2, 3):
         settled = isinstance(outcomes[n], AppendResult) or requests[n].look_up or id(requests[n]) not in lane.answered
         assert settled, f"{interrupt.where}: {outcomes[n]}, and it may be tried again without a look"

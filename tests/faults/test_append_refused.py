@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from hindsight_fast import (
     ANY,
     NO_STREAM,
     AppendResult,
+    AsyncEventStore,
     ConcurrencyConflict,
     EventStore,
     IdempotencyConflict,
@@ -24,7 +26,7 @@ from hindsight_fast import (
     SchemaError,
     StreamWrite,
 )
-from ledger import Ledger, event, table
+from ledger import Ledger, acknowledged, begun, event, table
 from rivals import Follower, Threads, WriterProcess, locked_stream, streams_of, wait_until
 
 REGISTERED = """
@@ -209,6 +211,35 @@ def test_callers_of_a_locked_stream_hold_nobody_else_up(database: str, pool_size
                 holder.rollback()
     assert longest_s < 1.5, f"a stranger waited for {longest_s:.1f} s"
     assert not ledger.errors()
+    ledger.check(database)
+
+
+def test_tasks_of_a_locked_stream_hold_no_other_task_up(database: str, store: EventStore) -> None:
+    held, ledger = uuid4(), Ledger()
+
+    async def append_to(tasks_store: AsyncEventStore, key: str, stream: UUID) -> None:
+        write = StreamWrite(stream, [event(key)], ANY)
+        ledger.take(begun(key, [write]))
+        ledger.take(acknowledged(key, await tasks_store.transact([write])))
+
+    async def strangers_wait_s() -> float:
+        longest_s, count = 0.0, 0
+        async with AsyncEventStore(database) as tasks_store:
+            with locked_stream(database, held) as holder:
+                async with asyncio.TaskGroup() as waiting:
+                    for n in range(14):
+                        waiting.create_task(append_to(tasks_store, f"waits {n}", held))
+                    until = time.monotonic() + 2
+                    while time.monotonic() < until:
+                        began = time.monotonic()
+                        await append_to(tasks_store, f"stranger {count}", uuid4())
+                        longest_s = max(longest_s, time.monotonic() - began)
+                        count += 1
+                    assert ledger.count("acknowledged") == count, "the stream was not locked"
+                    holder.rollback()
+        return longest_s
+
+    assert asyncio.run(strangers_wait_s()) < 1.5
     ledger.check(database)
 
 
