@@ -20,10 +20,10 @@ from psycopg.pq import ConnStatus, ExecStatus, Format, PipelineStatus, Transacti
 from psycopg.waiting import Ready, Wait
 
 from ._core import Cursor
-from .append_request import AppendRequest, Group, KnownIds, Outcome
+from .append_request import AppendRequest, Group, KnownIds, Outcome, SentOver
 from .begin_copy import begun_of
 from .connecting import check_encodings
-from .errors import HindsightError, SchemaError, StoreClosed
+from .errors import ConcurrencyConflict, HindsightError, IdempotencyConflict
 from .results import events_of
 from .schema import LAYOUT, refusal_of
 from .statements import numbered
@@ -37,10 +37,13 @@ if TYPE_CHECKING:
 COPY_FROM_BYTES: Final = 8 * 1024 * 1024
 """From this size on an append goes by COPY: arrays as parameters end at 1 GB, and are held several times."""
 GROUP_PATIENCE: Final = "100ms"
-"""How long a group waits for each lock. Then each of its requests goes by itself: one stream that somebody keeps locked
-must not hold up those who want another."""
+"""How long a group waits for each lock. Then each of its requests goes by itself, and waits as long: one stream that
+somebody keeps locked must not hold up those who want another."""
 LONE_PATIENCE: Final = "2s"
-"""How long a single request waits at a time; it tries again until the store's timeout."""
+"""How long a single request waits that has met such a stream; it tries again until the store's timeout. At most half of
+the connections wait so: twelve callers for one locked stream once held all ten, and with them every other append."""
+LAST_WAIT_S: Final = 1.0
+"""How long to wait for a connection where the timeout has passed in a group already."""
 MOST_IDLE: Final = "60s"
 """How long a caller's own transaction may stand still once it holds a number: readers wait for it."""
 
@@ -50,10 +53,13 @@ Talk = Generator[Wait, Ready | int, T]
 
 _INT: Final = struct.Struct("!i").pack
 _LONG: Final = struct.Struct("!q").pack
+_DOUBLE: Final = struct.Struct("!d").pack
 _GOOD: Final = frozenset({ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK, ExecStatus.COPY_IN})
-_NO_ANSWER: Final = (psycopg.OperationalError, SchemaError, StoreClosed)
-"""What is raised without a word on whether ids are known. Any other error of the server comes after it has looked."""
+# A changed generation too: an import that has filled the store, or one that was given up, is no reason to open every
+# store again.
 _STORE_CHANGED: Final = frozenset({"HS001", "HS002", "HS012"})
+# Raised behind the look-up, or by what it found: with them nothing is in doubt any more.
+_SETTLES: Final = (ConcurrencyConflict, IdempotencyConflict, psycopg.IntegrityError, psycopg.DataError)
 
 
 class AppendCall:
@@ -80,10 +86,13 @@ class AppendCall:
         """
         pgconn = connection.pgconn
         if request.lost_backend is not None:
-            yield from self._ask(pgconn, self._end_append, [request.lost_backend.to_bytes(4, "big")])
+            # It must not be carried out after this attempt was refused.
+            backend, sent_at = request.lost_backend
+            yield from self._ask(pgconn, self._end_append, [_INT(backend), _DOUBLE(time.monotonic() - sent_at)])
             request.lost_backend = None
         if request.byte_count >= COPY_FROM_BYTES:
             options.pop("prepare", None)
+            request.sent_over = SentOver(pgconn.backend_pid, time.monotonic())
             outcome = yield from self._by_copy(pgconn, request, generation, **options)
         else:
             (outcome,) = yield from self.group(connection, [request], generation, **options)
@@ -120,6 +129,10 @@ class AppendCall:
         if not group.is_one_event:
             parameters.append(b"\1" if group.look_up else b"\0")
         parameters += group.parameters
+        # Noted before it is needed: of a connection that broke libpq knows no backend any more.
+        sent_over = SentOver(pgconn.backend_pid, time.monotonic())
+        for request in requests:
+            request.sent_over = sent_over
         if not prepare:
             result = yield from self._ask(pgconn, statement, parameters)
         else:
@@ -134,8 +147,8 @@ class AppendCall:
                 pgconn.send_query_prepared(name, parameters, [Format.BINARY] * len(parameters), Format.BINARY)
                 (result,) = yield from self._results(pgconn)
             except errors.InvalidSqlStatementName:
-                # Forgotten: DISCARD ALL, or a pooler that gave another session.
-                prepared.clear()
+                # Forgotten: DISCARD ALL, or a pooler that gave another session. The other call may be known there.
+                prepared.discard(name)
                 raise
         answer = result.get_value(0, 0)
         assert answer is not None
@@ -206,7 +219,8 @@ class AppendCall:
 
     def _flush(self, pgconn: PGconn) -> Talk[None]:
         while pgconn.flush():
-            if (yield Wait.RW) & Ready.R:
+            # None after an interrupt: psycopg then cancels, and waits for the rest.
+            if (yield Wait.RW) != Ready.W:
                 pgconn.consume_input()
 
     def _results(self, pgconn: PGconn) -> Talk[list[PGresult]]:
@@ -275,14 +289,21 @@ def result_of(outcome: Outcome | None) -> AppendResult | None:
 class Attempts:
     """What becomes of one request whose attempt has failed: whether and when it is tried again, or what is raised."""
 
-    def __init__(self, request: AppendRequest, timeout_s: float) -> None:
+    def __init__(self, request: AppendRequest, timeout_s: float, began: float | None = None) -> None:
         self._request = request
         self._timeout_s = timeout_s
-        self._began = time.monotonic()
+        self._began = time.monotonic() if began is None else began
         self._count = 0
         self._left = {"advance": 1, "prepare": 3, "ids": 3}
         self.advance_sequence = False
         """Whether the next attempt asks first what the store is by now, and moves its sequence on if need be."""
+        self.met_lock = False
+        """Whether somebody keeps a stream locked for longer than a moment: then it may wait with others who met it."""
+
+    @property
+    def left_s(self) -> float:
+        """How long to wait for what the next attempt needs: what is left of the timeout, or a last moment."""
+        return max(LAST_WAIT_S, self._began + self._timeout_s - time.monotonic())
 
     @property
     def _late(self) -> bool:
@@ -291,28 +312,29 @@ class Attempts:
     def after(self, error: BaseException) -> float:
         """Return after how many seconds to try again. Raises *error*, or AppendOutcomeUnknown."""
         self._count += 1
-        delay_s = self._delay_s(error)
+        self.met_lock = self.met_lock or _is_lock_error(error)
+        delay_s = self._delay_after(error)
         if delay_s is not None:
             return delay_s
-        if self._request.in_doubt and isinstance(error, _NO_ANSWER):
+        of_the_server = isinstance(error, (psycopg.Error, HindsightError)) and not isinstance(error, _SETTLES)
+        if self._request.in_doubt and of_the_server:
+            # Whatever the last attempt met, it says nothing of the one that was cut off.
             raise self._request.unknown(self._timeout_s) from error
         raise error
 
-    def _delay_s(self, error: BaseException) -> float | None:
-        request = self._request
+    def _delay_after(self, error: BaseException) -> float | None:
+        """None: not again."""
         if _is_lock_error(error):
             return None if self._late else random.uniform(0.001, 0.02)
-        if request.in_doubt and isinstance(error, psycopg.OperationalError):
+        if self._request.in_doubt and isinstance(error, psycopg.OperationalError):
             return None if self._late else min(0.05 * 2.0**self._count, 1.0) * random.uniform(0.5, 1.0)
         if isinstance(error, errors.UniqueViolation) and error.diag.constraint_name == "events_event_id_key":
             # Somebody brought an id after it was looked for, or it was not looked for.
-            request.look_up = True
+            self._request.look_up = True
             return self._once_more("ids")
         if isinstance(error, errors.InvalidSqlStatementName):
             return self._once_more("prepare")
-        # A changed generation too: an import that has filled the store, or one that was given up, is no reason to open
-        # every store again.
-        if isinstance(error.__cause__, psycopg.Error) and error.__cause__.sqlstate in _STORE_CHANGED:
+        if store_changed(error):
             self.advance_sequence = True
             return self._once_more("advance")
         return None
@@ -324,20 +346,23 @@ class Attempts:
 
 def note_loss(connection: Any, requests: Sequence[AppendRequest], error: BaseException) -> bool:
     """Note with *requests* that they may have been committed, if *error* is that *connection* broke or was left."""
-    lost = connection.pgconn.status == ConnStatus.BAD or not isinstance(error, Exception)
+    # An interrupt leaves a connection idle, once psycopg has cancelled: nothing is to be ended there then, and others
+    # may be at work on it by the time of the next attempt.
+    under_way = connection.pgconn.transaction_status != TransactionStatus.IDLE
+    lost = under_way or not isinstance(error, Exception)
     if lost:
         for request in requests:
             request.look_up = request.in_doubt = True
-            request.lost_backend = _backend_of(connection)
+            request.lost_backend = request.sent_over if under_way else None
     return lost
 
 
-def _backend_of(connection: Any) -> int | None:
-    # Known to libpq until the connection is finished.
-    try:
-        return connection.pgconn.backend_pid or None
-    except psycopg.OperationalError:
-        return None
+def store_changed(error: BaseException) -> bool:
+    """Whether an append was refused because the store is not what its writer took it for, or its sequence lags."""
+    if isinstance(error, errors.UniqueViolation):
+        # A number was drawn that an open append has drawn as well: the sequence was put back under it.
+        return error.diag.constraint_name == "events_pkey"
+    return isinstance(error.__cause__, psycopg.Error) and error.__cause__.sqlstate in _STORE_CHANGED
 
 
 def _is_lock_error(error: BaseException) -> bool:

@@ -9,7 +9,7 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 from ._core import Cursor, EventRows, RecordedEvent, group_parameters, int_array, row_values
@@ -40,6 +40,13 @@ _BOUNDS: Final[dict[Expected, tuple[int | None, int | None, None, None]]] = {
 _ids: Final = EventIds()
 
 
+class SentOver(NamedTuple):
+    """The process id of a backend, and when something was sent to it (``time.monotonic()``)."""
+
+    backend: int
+    sent_at: float
+
+
 class AppendRequest:
     """The writes of one append: checked, their events with ids, encoded as rows.
 
@@ -48,7 +55,8 @@ class AppendRequest:
     """
 
     __slots__ = (
-        "correlation_id", "event_ids", "events", "in_doubt", "look_up", "lost_backend", "rows", "targets", "writes",
+        "correlation_id", "event_ids", "events", "in_doubt", "look_up", "lost_backend", "rows", "sent_over", "targets",
+        "writes",
     )  # fmt: skip
 
     def __init__(
@@ -65,8 +73,9 @@ class AppendRequest:
         """Whether ids may be known: the caller gave them, or an earlier try may have written them."""
         self.in_doubt = False
         """Whether such a try may have been committed."""
-        self.lost_backend: int | None = None
-        """The process id of the backend that it was sent to, whose connection was lost."""
+        self.sent_over: SentOver | None = None
+        self.lost_backend: SentOver | None = None
+        """Where it may still be under way: what it was sent over last, if the connection was lost before the answer."""
         self.targets: list[tuple[bytes, int, int | None, int | None, int | None, int | None]] = []
         correlation = None if correlation_id is None else correlation_id.bytes
         add = self.rows.add

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import psycopg
@@ -17,12 +18,11 @@ from .append_call import (
     AppendCall,
     Attempts,
     begins_transaction,
-    check_lent,
     note_loss,
     result_of,
+    store_changed,
 )
 from .append_request import AppendRequest, Outcome
-from .errors import SchemaError
 from .group_commit import GroupCommit
 from .writes import AppendResult
 
@@ -32,24 +32,26 @@ Connection = psycopg.Connection[Any]
 class Appender:
     """Carries out the appends of one store.
 
-    ``lend()`` gives a connection in autocommit mode; ``prepare(connection)`` returns the generation under which the
-    store may write, after it has moved on a sequence that lags or changed hands.
+    ``lend(timeout_s)`` gives a connection in autocommit mode, of *most_connections*; ``prepare(connection)`` returns
+    the generation under which the store may write, after it has moved on a sequence that lags or changed hands.
     """
 
     def __init__(
         self,
-        lend: Callable[[], AbstractContextManager[Connection]],
+        lend: Callable[[float], AbstractContextManager[Connection]],
         prepare: Callable[[Connection], int],
         call: AppendCall,
         *,
         timeout_s: float,
         group_commit: bool,
+        most_connections: int,
     ) -> None:
         self._lend = lend
         self._prepare = prepare
         self._timeout_s = timeout_s
         self._call = call
         self._groups = GroupCommit(self._run_group) if group_commit else None
+        self._patient = threading.BoundedSemaphore(max(1, most_connections // 2))
         self._generation: int | None = None
 
     def append(self, request: AppendRequest) -> AppendResult:
@@ -59,22 +61,26 @@ class Appender:
         """
         if not request.writes:
             return AppendResult(None)
+        began = time.monotonic()
         if self._groups is not None and request.byte_count < COPY_FROM_BYTES:
             result = result_of(self._groups.submit(request, self._timeout_s))
             if result is not None:
                 return result
-        attempts = Attempts(request, self._timeout_s)
+        attempts = Attempts(request, self._timeout_s, began)
         while True:
             try:
-                with self._lend() as connection:
+                with ExitStack() as held:
+                    patience = GROUP_PATIENCE
+                    if attempts.met_lock and self._patient.acquire(timeout=attempts.left_s):
+                        held.callback(self._patient.release)
+                        patience = LONE_PATIENCE
+                    connection = held.enter_context(self._lend(attempts.left_s))
                     if attempts.advance_sequence:
                         self._generation, attempts.advance_sequence = None, False
                     generation = self._ready(connection)
                     try:
                         with connection.lock:
-                            return connection.wait(
-                                self._call.one(connection, request, generation, patience=LONE_PATIENCE)
-                            )
+                            return connection.wait(self._call.one(connection, request, generation, patience=patience))
                     except BaseException as error:
                         note_loss(connection, [request], error)
                         raise
@@ -88,12 +94,11 @@ class Appender:
         One is begun where the connection is not in autocommit mode. Raises as ``append`` does; after a
         ConcurrencyConflict or an IdempotencyConflict that transaction can go on.
         """
-        check_lent(connection, psycopg.Connection)
         if not request.writes:
             return AppendResult(None)
         generation = self._generation
         if generation is None:
-            with self._lend() as own:
+            with self._lend(self._timeout_s) as own:
                 generation = self._ready(own)
         if begins_transaction(connection):
             psycopg.Cursor(connection).execute("SELECT 1")  # psycopg begins it as the connection is set to
@@ -102,12 +107,14 @@ class Appender:
                 return connection.wait(
                     self._call.one(connection, request, generation, most_idle=MOST_IDLE, prepare=False)
                 )
-        except SchemaError:
-            self._generation = None  # asked anew by the next append; this transaction has failed
+        except Exception as error:
+            if store_changed(error):
+                # Not to be mended in a transaction that has failed: the next append begins with it.
+                self._generation = None
             raise
 
     def _run_group(self, requests: Sequence[AppendRequest]) -> Sequence[Outcome]:
-        with self._lend() as connection:
+        with self._lend(self._timeout_s) as connection:
             generation = self._ready(connection)
             try:
                 with connection.lock:

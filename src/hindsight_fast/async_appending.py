@@ -18,12 +18,12 @@ from .append_call import (
     AppendCall,
     Attempts,
     begins_transaction,
-    check_lent,
     note_loss,
     result_of,
+    store_changed,
 )
 from .append_request import AppendRequest, Outcome
-from .errors import SchemaError, WaitTimeout
+from .errors import WaitTimeout
 from .group_commit import LANES, GroupQueue
 from .writes import AppendResult
 
@@ -89,7 +89,6 @@ class AsyncAppender:
         One is begun where the connection is not in autocommit mode. Raises as ``append`` does; after a
         ConcurrencyConflict or an IdempotencyConflict that transaction can go on.
         """
-        check_lent(connection, psycopg.AsyncConnection)
         if not request.writes:
             return AppendResult(None)
         generation = self._generation
@@ -103,8 +102,10 @@ class AsyncAppender:
                 return await connection.wait(
                     self._call.one(connection, request, generation, most_idle=MOST_IDLE, prepare=False)
                 )
-        except SchemaError:
-            self._generation = None  # asked anew by the next append; this transaction has failed
+        except Exception as error:
+            if store_changed(error):
+                # Not to be mended in a transaction that has failed: the next append begins with it.
+                self._generation = None
             raise
 
     async def _run_group(self, requests: Sequence[AppendRequest]) -> Sequence[Outcome]:

@@ -214,7 +214,7 @@ class AsyncEventStore(StoreBase):
     async def _append(
         self, writes: Sequence[StreamWrite], correlation_id: UUID | None, connection: AsyncConnection | None
     ) -> AppendResult:
-        request = self._append_request(writes, correlation_id)
+        request = self._append_request(writes, correlation_id, connection, psycopg.AsyncConnection)
         if connection is None:
             return await self._appender.append(request)
         return await self._appender.append_on(connection, request)

@@ -7,6 +7,7 @@ one flush for all of them. Whoever finds a lane free goes at once, so that a lon
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import islice
@@ -72,6 +73,11 @@ class GroupQueue(Generic[E]):
     def depart(self) -> list[E] | None:
         """Return a group that is to leave now; None if no lane is free, or nobody waits."""
         return self._leave() if self._waiting and len(self._groups) < self._lanes else None
+
+    @property
+    def leaders(self) -> list[E]:
+        """Those whose groups are on their way."""
+        return list(self._groups)
 
     def led_by(self, entry: E) -> list[E] | None:
         """Return the group that is on its way under *entry*; None if it leads none. Needs no lock."""
@@ -155,6 +161,7 @@ class GroupCommit:
         Raises WaitTimeout if so many wait that there is no room for it in time.
         """
         me = _Waiter(request)
+        deadline = time.monotonic() + timeout_s
         try:
             with self._lock:
                 if self._queue.full and not self._room.wait_for(lambda: not self._queue.full, timeout_s):
@@ -167,10 +174,9 @@ class GroupCommit:
                     self._lead(group)
                 if group is not None or woken or me.outcome is not None:
                     return me.outcome
-                woken = me.awake.acquire(timeout=LOOK_ROUND_S)
-                if not woken and self._is_forgotten(me):
-                    request.look_up = request.in_doubt = True
-                    return None
+                woken = me.awake.acquire(timeout=min(LOOK_ROUND_S, timeout_s))
+                if not woken and self._look_round(me, late=time.monotonic() > deadline):
+                    return me.outcome
         except BaseException:
             self._give_up(me)
             raise
@@ -190,10 +196,13 @@ class GroupCommit:
         """Give the lane to who waits."""
         with self._lock:
             self._queue.arrived(leader)
-            following = self._queue.depart()
-            if following:
-                following[0].awake.release()
-            self._room.notify_all()
+            self._send_next()
+
+    def _send_next(self) -> None:
+        following = self._queue.depart()
+        if following:
+            following[0].awake.release()
+        self._room.notify_all()
 
     def _give_up(self, me: _Waiter) -> None:
         """Interrupted, wherever it was. Whoever was in its group finds out by itself."""
@@ -201,6 +210,22 @@ class GroupCommit:
             self._queue.withdraw(me)
         self._end(me)
 
-    def _is_forgotten(self, me: _Waiter) -> bool:
+    def _look_round(self, me: _Waiter, *, late: bool) -> bool:
+        """Whether there is nothing to wait for any more, whoever should have said so."""
         with self._lock:
-            return me.outcome is None and not self._queue.is_cared_for(me)
+            self._send_next()
+            if self._queue.led_by(me) is not None:
+                return False
+            if me.outcome is not None:
+                return True
+            if self._queue.is_cared_for(me) and not late:
+                return False
+            if self._queue.withdraw(me):
+                stuck = self._queue.leaders
+            else:
+                me.request.look_up = me.request.in_doubt = True
+                stuck = [] if me.leader is None else [me.leader]
+        for leader in stuck:
+            # Interrupted twice, or stuck: who waits for its lane goes on without it.
+            self._end(leader)
+        return True

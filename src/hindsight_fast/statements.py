@@ -173,11 +173,13 @@ DROP_EMPTY_HEADS: Final = """
     DELETE FROM {schema}.stream_heads AS h WHERE h.stream_id = ANY(%s::uuid[]) AND h.stream_version < 0
 """
 
-# What an append was sent by, whose connection was lost: ended, so that it cannot be carried out after it was taken for
-# lost. At worst that number is another session's of this role by now, which then asks in turn what became of its own.
+# What an append was sent to, whose connection was lost: ended, so that it cannot be carried out after it was taken for
+# lost. Only if that session began before the append was sent, so many seconds ago: in a container that was started anew
+# the first process ids are given again at once, to sessions that have nothing to do with it.
 END_APPEND: Final = """
     SELECT pg_terminate_backend(a.pid, 5000) FROM pg_stat_activity AS a
-    WHERE a.pid = %s::integer AND a.usename = current_user AND a.datname = current_database() AND a.state <> 'idle'
+    WHERE a.pid = %s::integer AND a.backend_start < clock_timestamp() - make_interval(secs => %s::float8)
+        AND a.usename = current_user AND a.datname = current_database() AND a.state <> 'idle'
         AND a.pid <> pg_backend_pid()
 """
 

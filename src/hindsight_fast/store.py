@@ -81,6 +81,7 @@ class EventStore(StoreBase):
             AppendCall(self._statements),
             timeout_s=timeout,
             group_commit=group_commit,
+            most_connections=self._most_connections,
         )
 
     @property
@@ -217,7 +218,7 @@ class EventStore(StoreBase):
     def _append(
         self, writes: Sequence[StreamWrite], correlation_id: UUID | None, connection: Connection | None
     ) -> AppendResult:
-        request = self._append_request(writes, correlation_id)
+        request = self._append_request(writes, correlation_id, connection, psycopg.Connection)
         if connection is None:
             return self._appender.append(request)
         return self._appender.append_on(connection, request)

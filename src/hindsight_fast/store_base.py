@@ -18,6 +18,7 @@ from psycopg import errors
 from psycopg.pq import TransactionStatus
 
 from ._core import Cursor, RecordedEvent
+from .append_call import check_lent
 from .append_request import AppendRequest
 from .connecting import check_encodings, find_conninfo, shown_conninfo
 from .errors import SchemaError, StoreClosed
@@ -180,8 +181,13 @@ class StoreBase:
 
     # What may be asked for, checked before anything is sent
 
-    def _append_request(self, writes: Sequence[StreamWrite], correlation_id: UUID | None) -> AppendRequest:
+    def _append_request(
+        self, writes: Sequence[StreamWrite], correlation_id: UUID | None, connection: Any, kind: type[Any]
+    ) -> AppendRequest:
+        """The append that is asked for, over a *connection* of the caller's, if one is given, of this *kind*."""
         request = AppendRequest(writes, self._registry.new_event, check_correlation_id(correlation_id))
+        if connection is not None:
+            check_lent(connection, kind)
         if not self._open:
             raise self._not_open()
         return request
