@@ -58,8 +58,8 @@ TYPES = [placed, paid]
 
 
 @pytest.fixture
-def store(database: str) -> Iterator[EventStore]:
-    with EventStore(database, event_types=TYPES) as store:
+def store(store_class: type[EventStore], database: str) -> Iterator[EventStore]:
+    with store_class(database, event_types=TYPES) as store:
         store.create_schema()
         yield store
 

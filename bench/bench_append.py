@@ -1,0 +1,155 @@
+"""Appends of one event each: by one caller, by many at once, and all to one stream; against pgbench's bare INSERT.
+
+The INSERT is one row with the same payload into a table without any index, by as many connections as the line says,
+prepared; every append locks its stream's head, draws a number, and keeps three indexes. 100,000 streams exist. Latency
+is what one caller waits for one append.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+from uuid import UUID
+
+import psycopg
+import pytest
+
+from contenders import ROUNDS, Contender, compare
+from datasets import EVENTS
+from hindsight_fast import ANY, AsyncEventStore, EventStore, NewEvent
+from hindsight_fast.embedded import EmbeddedServer
+
+STREAMS = min(EVENTS, 100_000)
+APPENDS = min(EVENTS, 20_000)
+"""Of many callers; one caller makes a tenth of them."""
+PAYLOAD = {
+    "order": 4711, "customer": "06c65999-798a-47d3-a095-6715e646e123", "total": "129.90", "channel": "app",
+    "lines": [[1, 2], [3, 4]], "note": "leave it with the neighbours, please",
+}  # fmt: skip
+CHECKED = "the number of events stored, and each stream's head against its last event"
+TARGET_OF_ONE, TARGETS_OF_MANY = 0.55, {16: 1.0, 64: 1.5}
+
+
+def _pgbench() -> str:
+    found = shutil.which("pgbench") or next(map(str, sorted(Path("/usr/lib/postgresql").glob("*/bin/pgbench"))), None)
+    if found is None:
+        pytest.skip("needs pgbench (Debian: the package postgresql)")
+    return found
+
+
+class Arena:
+    """A database with streams that exist, and the table of the bare INSERT."""
+
+    def __init__(self, server: EmbeddedServer, conninfo: str, folder: Path) -> None:
+        self.conninfo = conninfo
+        self.streams = [UUID(int=random.Random(n).getrandbits(128)) for n in range(STREAMS)]
+        self.latencies: list[float] = []
+        self._admin = psycopg.connect(conninfo, autocommit=True)
+        self._script = folder / "insert.sql"
+        payload = NewEvent("order_placed", PAYLOAD).data.decode()
+        self._script.write_text(f"INSERT INTO bare VALUES (1, 1, '{payload}');\n")
+        with EventStore(conninfo) as store:
+            store.create_schema()
+            lines = (b'{"stream":"%s","type":"begun","data":{}}' % str(each).encode() for each in self.streams)
+            store.import_events(lines, import_id="streams")
+        self._admin.execute("CREATE TABLE bare (a integer, b integer, payload json)")
+        self._admin.execute("VACUUM (FREEZE, ANALYZE)")
+        self._stored = STREAMS
+
+    def close(self) -> None:
+        self._admin.close()
+
+    def insert(self, clients: int, count: int, target: float | None) -> Contender:
+        command = [_pgbench(), "-n", "-M", "prepared", "-c", str(clients), "-j", str(min(clients, 2))]
+        command += ["-t", str(count // clients), "-f", str(self._script), self.conninfo]
+
+        def run() -> str:
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        def check(said: str) -> None:
+            assert f"{count // clients * clients}/" in said, "pgbench made another number of INSERTs"
+
+        return Contender(f"pgbench, bare INSERT, {clients} connections", run, count, check, target=target)
+
+    def check(self, count: int) -> None:
+        self._stored += count
+        row = self._admin.execute("SELECT count(*) FROM hindsight.events").fetchone()
+        assert row == (self._stored,), f"{row} events are stored instead of {self._stored}"
+        row = self._admin.execute(
+            "WITH last AS (SELECT stream_id, max(stream_version) AS stream_version FROM hindsight.events GROUP BY 1) "
+            "SELECT count(*) FROM last FULL JOIN hindsight.stream_heads USING (stream_id, stream_version) "
+            "WHERE last.stream_id IS NULL OR stream_heads.stream_id IS NULL"
+        ).fetchone()
+        assert row == (0,), "heads differ from the last events"
+
+    def one_caller(self, store: EventStore, count: int) -> Contender:
+        def run() -> None:
+            for _ in range(count):
+                began = time.perf_counter()
+                store.append(random.choice(self.streams), [NewEvent("order_placed", PAYLOAD)], expected=ANY)
+                self.latencies.append(time.perf_counter() - began)
+
+        return Contender("EventStore.append, one caller", run, count, lambda _: self.check(count))
+
+    def many_callers(self, callers: int, count: int, streams: list[UUID], what: str) -> Contender:
+        async def call(store: AsyncEventStore) -> None:
+            for _ in range(count // callers):
+                began = time.perf_counter()
+                await store.append(random.choice(streams), [NewEvent("order_placed", PAYLOAD)], expected=ANY)
+                self.latencies.append(time.perf_counter() - began)
+
+        async def run() -> float:
+            async with AsyncEventStore(self.conninfo) as store:
+                await store.append(streams[0], [], expected=ANY)
+                await asyncio.gather(*[call(store) for _ in range(callers)])
+
+        made = count // callers * callers
+        return Contender(what, lambda: asyncio.run(run()), made, lambda _: self.check(made))
+
+    def note(self, benchmark: Any) -> None:
+        percentiles = quantiles(self.latencies, n=100)
+        benchmark.extra_info["comparison"]["note"] = (
+            f"latency of one append: p50 {median(self.latencies) * 1e3:.2f} ms, p99 {percentiles[98] * 1e3:.2f} ms"
+        )
+
+
+@pytest.fixture
+def arena(server: EmbeddedServer, database: str, folder: Path) -> Iterator[Arena]:
+    arena = Arena(server, database, folder)
+    yield arena
+    arena.close()
+
+
+def bench_append_one_caller(benchmark, arena):
+    count = APPENDS // 10
+    with EventStore(arena.conninfo) as store:
+        compare(
+            benchmark, arena.one_caller(store, count), arena.insert(1, count, TARGET_OF_ONE),
+            rounds=ROUNDS, unit="appends", checked=CHECKED,
+        )  # fmt: skip
+    arena.note(benchmark)
+
+
+@pytest.mark.parametrize("callers", [16, 64])
+def bench_append_many_callers(benchmark, arena, callers):
+    ours = arena.many_callers(callers, APPENDS, arena.streams, f"AsyncEventStore.append, {callers} callers")
+    compare(
+        benchmark, ours, arena.insert(16, APPENDS, TARGETS_OF_MANY[callers]),
+        rounds=ROUNDS, unit="appends", checked=CHECKED,
+    )  # fmt: skip
+    arena.note(benchmark)
+
+
+def bench_append_hot_stream(benchmark, arena):
+    ours = arena.many_callers(64, APPENDS, arena.streams[:1], "AsyncEventStore.append, 64 callers, one stream")
+    compare(
+        benchmark, ours, arena.insert(16, APPENDS, None), rounds=ROUNDS, unit="appends", checked=CHECKED,
+    )  # fmt: skip
+    arena.note(benchmark)
