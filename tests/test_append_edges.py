@@ -25,6 +25,7 @@ from hindsight_fast import (
     EventStore,
     EventType,
     IdempotencyConflict,
+    MalformedRow,
     NewEvent,
     SchemaError,
     StoreClosed,
@@ -432,3 +433,19 @@ def test_a_stream_that_was_only_looked_at_is_not_created(
         writes = [StreamWrite(OTHER, [], NO_STREAM), StreamWrite(STREAM, [note()], ANY), StreamWrite(CAUSE, [], ANY)]
         assert set(store.transact(writes).stream_versions) == {STREAM}
         assert connection.execute("SELECT stream_id FROM hindsight.stream_heads").fetchall() == [(STREAM,)]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), MalformedRow("an answer of another shape")], ids=repr)
+def test_an_answer_that_was_lost_here_is_asked_for_again(
+    store: EventStore, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    outcomes = append_call.Group.outcomes
+
+    def once(self: Any, answer: bytes) -> Any:
+        monkeypatch.setattr(append_call.Group, "outcomes", outcomes)
+        raise error
+
+    monkeypatch.setattr(append_call.Group, "outcomes", once)
+    result = store.append(STREAM, [note()], expected=NO_STREAM)
+    assert [event.event_id for event in store.read()] == list(result.event_ids)
+    assert (result.stream_versions, result.duplicate) == ({STREAM: 0}, False)

@@ -2,14 +2,15 @@
 answer and all that is stored are the model's.
 
 Each history has streams of its own, so that all of them share a database. It runs over a store with group commit, over
-one without, and over one that sends everything by COPY.
+one without, over one that sends everything by COPY, and over an AsyncEventStore.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -20,7 +21,14 @@ import psycopg
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from append_model import (
     STREAM_COUNT,
@@ -39,6 +47,7 @@ from append_model import (
 from hindsight_fast import (
     ANY,
     AppendResult,
+    AsyncEventStore,
     ConcurrencyConflict,
     Cursor,
     EventEncodeError,
@@ -51,6 +60,7 @@ from hindsight_fast import (
     Transaction,
     append_call,
     appending,
+    async_appending,
 )
 from hindsight_fast.writes import NO_STREAM
 
@@ -129,6 +139,7 @@ class StoreMachine(RuleBasedStateMachine):
     def append(self, plan: Plan, as_transaction: bool) -> None:
         self.carry_out(plan.append(self.log, self.streams, self.earlier), self.log, as_transaction=as_transaction)
 
+    @precondition(lambda self: not isinstance(self.store, FromTasks))  # that takes connections of its own kind
     @rule(
         planned=st.lists(plans, min_size=1, max_size=4),
         ending=st.sampled_from(["commit", "rollback", "savepoint", "autocommit"]),
@@ -297,7 +308,43 @@ class StoreMachine(RuleBasedStateMachine):
         assert stored_in(self.connection, "hindsight", self.streams) == (self.log.events, self.log.heads())
 
 
-WAYS = {"in groups": True, "alone": False, "by copy": True}
+class FromTasks:
+    """An AsyncEventStore that is asked as an EventStore is, call by call."""
+
+    def __init__(self, store: AsyncEventStore, runner: asyncio.Runner) -> None:
+        self._store, self._runner = store, runner
+        self._appender = store._appender
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._store, name)
+
+        def call(*arguments: Any, **settings: Any) -> Any:
+            called = method(*arguments, **settings)
+            return self._runner.run(_all_of(called) if isinstance(called, AsyncIterator) else called)
+
+        return call
+
+
+async def _all_of(events: AsyncIterator[Any]) -> list[Any]:
+    return [event async for event in events]
+
+
+@contextmanager
+def open_store(way: str, conninfo: str) -> Iterator[Any]:
+    if way != "from tasks":
+        with EventStore(conninfo, event_types=[priced], group_commit=way != "alone") as store:
+            yield store
+        return
+    with asyncio.Runner() as runner:
+        store = AsyncEventStore(conninfo, event_types=[priced])
+        runner.run(store.open())
+        try:
+            yield FromTasks(store, runner)
+        finally:
+            runner.run(store.close())
+
+
+WAYS = ["in groups", "alone", "by copy", "from tasks"]
 
 
 @pytest.fixture(params=WAYS)
@@ -305,8 +352,9 @@ def machine(
     request: pytest.FixtureRequest, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[type[StoreMachine]]:
     way = request.param
-    monkeypatch.setattr(appending, "GROUP_PATIENCE", "5ms")
-    monkeypatch.setattr(appending, "LONE_PATIENCE", "10ms")
+    for module in (appending, async_appending):
+        monkeypatch.setattr(module, "GROUP_PATIENCE", "5ms")
+        monkeypatch.setattr(module, "LONE_PATIENCE", "10ms")
     if way == "by copy":
         monkeypatch.setattr(appending, "COPY_FROM_BYTES", 1)
         monkeypatch.setattr(append_call, "COPY_FROM_BYTES", 1)
@@ -319,7 +367,7 @@ def machine(
         return lent[0]
 
     with (
-        EventStore(database, event_types=[priced], group_commit=WAYS[way]) as store,
+        open_store(way, database) as store,
         EventStore(database) as rival,
         psycopg.connect(database, autocommit=True) as connection,
     ):

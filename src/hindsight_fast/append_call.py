@@ -23,7 +23,7 @@ from ._core import Cursor
 from .append_request import AppendRequest, Group, KnownIds, Outcome, SentOver
 from .begin_copy import begun_of
 from .connecting import check_encodings
-from .errors import ConcurrencyConflict, HindsightError, IdempotencyConflict
+from .errors import ConcurrencyConflict, HindsightError, IdempotencyConflict, MalformedRow
 from .results import events_of
 from .schema import LAYOUT, refusal_of
 from .statements import numbered
@@ -349,7 +349,9 @@ def note_loss(connection: Any, requests: Sequence[AppendRequest], error: BaseExc
     # An interrupt leaves a connection idle, once psycopg has cancelled: nothing is to be ended there then, and others
     # may be at work on it by the time of the next attempt.
     under_way = connection.pgconn.transaction_status != TransactionStatus.IDLE
-    lost = under_way or not isinstance(error, Exception)
+    # What is no word of the server's may come behind its answer: no memory for it, or an answer of another shape.
+    of_the_server = isinstance(error, (psycopg.Error, HindsightError)) and not isinstance(error, MalformedRow)
+    lost = under_way or not of_the_server
     if lost:
         for request in requests:
             request.look_up = request.in_doubt = True
