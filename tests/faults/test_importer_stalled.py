@@ -91,7 +91,7 @@ def test_readers_go_on_behind_an_importer_that_stands_still(
             # Not yet: it might be slow, and only that.
             assert [event.payload["n"] for event in store.read(after=_last_of_first_chunk(store))] == []
         monkeypatch.setattr(reading, "MAX_HOLD_S", HOLD_S)
-        monkeypatch.setattr("hindsight_fast.store.MAX_HOLD_S", HOLD_S)
+        monkeypatch.setattr("hindsight_fast.store_base.MAX_HOLD_S", HOLD_S)
         began = time.monotonic()
         with caplog.at_level(logging.WARNING, logger="hindsight_fast"):
             while not (seen := list(store.read(stream_id=stream_uuid("other")))):
