@@ -6,7 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
@@ -16,12 +16,12 @@ import psycopg
 from psycopg.conninfo import make_conninfo
 from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
-from psycopg_pool import AsyncConnectionPool
+from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout
 
 from ._core import Cursor, RecordedEvent
 from .append_call import AppendCall
 from .async_appending import AsyncAppender
-from .connecting import check_encodings, connection_conninfo
+from .connecting import RECONNECT_S, check_encodings, connection_conninfo
 from .errors import ConcurrencyConflict, HindsightError
 from .events import EventType
 from .export_target import ExportTarget
@@ -110,6 +110,8 @@ class AsyncEventStore(StoreBase):
                     max_size=self._most_connections,
                     timeout=self._timeout,
                     configure=_configure,
+                    reconnect_timeout=RECONNECT_S,
+                    reconnect_failed=_connect_for_who_waits,
                     open=False,
                     name="hindsight_fast",
                 )
@@ -494,6 +496,13 @@ async def _give_back(pool: AsyncConnectionPool[Any], connection: AsyncConnection
     elif connection.autocommit != autocommit:
         await connection.set_autocommit(autocommit)
     await pool.putconn(connection)
+
+
+async def _connect_for_who_waits(pool: AsyncConnectionPool[Any]) -> None:
+    if pool.get_stats().get("requests_waiting"):
+        # Whoever asks makes the pool try, and whoever has asked already waits for that.
+        with suppress(PoolTimeout, PoolClosed):
+            await pool.putconn(await pool.getconn(timeout=0.001))
 
 
 async def _configure(connection: AsyncConnection) -> None:

@@ -16,6 +16,10 @@ LIBPQ_VARIABLES = ("PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGUSER", "PG
 # A host that is gone without a word ends its connection within a minute, not after the system's two hours.
 KEEPALIVES: dict[str, Any] = {"keepalives_idle": 15, "keepalives_interval": 10, "keepalives_count": 4}
 
+RECONNECT_S = 1.0
+"""After how long a pool gives an attempt to connect up; if somebody still waits it then begins another. Of itself it
+would pause for longer each time, and find a server that was gone for a minute up to another minute later."""
+
 
 def find_conninfo(conninfo: str) -> str:
     """Return *conninfo*, or what the environment says where it is empty.

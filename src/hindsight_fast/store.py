@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 from uuid import UUID
@@ -13,12 +13,12 @@ from uuid import UUID
 import psycopg
 from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
-from psycopg_pool import ConnectionPool
+from psycopg_pool import ConnectionPool, PoolClosed, PoolTimeout
 
 from ._core import Cursor, RecordedEvent
 from .append_call import AppendCall
 from .appending import Appender
-from .connecting import check_encodings, connection_conninfo
+from .connecting import RECONNECT_S, check_encodings, connection_conninfo
 from .errors import ConcurrencyConflict, StoreClosed
 from .events import EventType
 from .export_target import ExportTarget
@@ -107,6 +107,8 @@ class EventStore(StoreBase):
                 max_size=self._most_connections,
                 timeout=self._timeout,
                 configure=_configure,
+                reconnect_timeout=RECONNECT_S,
+                reconnect_failed=_connect_for_who_waits,
                 open=True,
                 name="hindsight_fast",
             )
@@ -486,6 +488,13 @@ class EventStore(StoreBase):
             except (psycopg.OperationalError, StoreClosed):
                 return None
             return PageAhead(request, connection, stack.pop_all())
+
+
+def _connect_for_who_waits(pool: ConnectionPool[Any]) -> None:
+    if pool.get_stats().get("requests_waiting"):
+        # Whoever asks makes the pool try, and whoever has asked already waits for that.
+        with suppress(PoolTimeout, PoolClosed):
+            pool.putconn(pool.getconn(timeout=0.001))
 
 
 def _configure(connection: Connection) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +18,16 @@ import pytest
 from psycopg_pool import ConnectionPool
 
 from conftest import TEST_SETTINGS, root_for_servers
-from hindsight_fast import ANY, NO_STREAM, AppendOutcomeUnknown, AppendResult, EventStore, NewEvent, StreamWrite
+from hindsight_fast import (
+    ANY,
+    NO_STREAM,
+    AppendOutcomeUnknown,
+    AppendResult,
+    AsyncEventStore,
+    EventStore,
+    NewEvent,
+    StreamWrite,
+)
 from hindsight_fast.embedded import EmbeddedServer
 from hindsight_fast.installations import Installation
 from ledger import Ledger, event, table
@@ -371,6 +382,43 @@ def test_a_pool_goes_on_after_its_server_was_restarted(crash_site: EmbeddedServe
             append_at_once(store, ledger, mode, 20)
     assert not ledger.errors()
     ledger.check(crashing)
+
+
+@pytest.mark.parametrize("tasks", [False, True])
+def test_who_waits_for_a_server_is_served_as_soon_as_it_is_back(
+    crash_site: EmbeddedServer, crashing: str, tasks: bool
+) -> None:
+    """However long it was gone: a pool's own pauses double each time."""
+    served_at: list[float] = []
+    opened, gone = threading.Event(), threading.Event()
+
+    async def append_from_a_task() -> None:
+        async with AsyncEventStore(crashing) as store:
+            opened.set()
+            assert gone.wait(20)
+            await store.append(uuid4(), [event("any")], expected=ANY)
+
+    def append_one() -> None:
+        if tasks:
+            asyncio.run(append_from_a_task())
+        else:
+            with EventStore(crashing) as store:
+                opened.set()
+                assert gone.wait(20)
+                store.append(uuid4(), [event("any")], expected=ANY)
+        served_at.append(time.monotonic())
+
+    with EventStore(crashing) as store:
+        store.create_schema()
+    with Threads(append_one):
+        assert opened.wait(20)
+        crash_site.kill()
+        gone.set()
+        killed = time.monotonic()
+        wait_until(lambda: time.monotonic() > killed + 3.2, what="the pool has tried in vain")
+        crash_site.start()
+        back = time.monotonic()
+    assert served_at[0] - back < 2.0
 
 
 def test_a_connection_that_forgot_its_statements_is_taught_again(database: str, store: EventStore) -> None:
