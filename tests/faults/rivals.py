@@ -328,10 +328,12 @@ def main() -> None:
         writer = Writer(
             store, say, name=f"{name}{part}", streams=streams_of(int(streams)), ways=ways.split(","), database=conninfo
         )
+        nonlocal striking
         for _ in range(int(count)):
             if stop:
                 break
             with suppress(KeyboardInterrupt):  # what became of that append nobody says: it is unknown
+                striking = striking or threading.current_thread() is threading.main_thread()
                 writer.step()
         writer.close()
 
@@ -339,6 +341,15 @@ def main() -> None:
         sys.stdin.readline()
         stop.__exit__()
 
+    def strike(*_: object) -> None:
+        # Anywhere in an append, and nowhere else: the loop around it is to go on.
+        nonlocal striking
+        if striking:
+            striking = False
+            raise KeyboardInterrupt
+
+    striking = False
+    signal.signal(signal.SIGINT, strike)
     threading.Thread(target=listen, daemon=True).start()
     with EventStore(conninfo, schema=schema) as store:
         # One of them in the main thread, which is where an interrupt strikes.

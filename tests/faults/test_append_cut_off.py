@@ -329,8 +329,9 @@ def test_without_an_answer_in_time_the_writes_can_be_passed_again(
             pass
         crash_site.start()
         (failure,) = failures
-        result = store.transact(failure.writes, correlation_id=failure.correlation_id)
-        again = store.transact(failure.writes)
+    with EventStore(crashing) as another:
+        result = another.transact(failure.writes, correlation_id=failure.correlation_id)
+        again = another.transact(failure.writes)
     assert result.stream_versions == {stream: 2}
     assert again.cursor == result.cursor
     assert again.duplicate
