@@ -140,13 +140,6 @@ LANGUAGE plpgsql VOLATILE AS $body$
 BEGIN
     PERFORM set_config('lock_timeout', '60s', true);
     PERFORM set_config('statement_timeout', '0', true);
-    -- As it comes, an index of more than a million rows is sorted on disk, and a hundred thousand streams are counted there.
-    IF pg_size_bytes(current_setting('maintenance_work_mem')) < pg_size_bytes('256MB') THEN
-        PERFORM set_config('maintenance_work_mem', '256MB', true);
-    END IF;
-    IF pg_size_bytes(current_setting('work_mem')) < pg_size_bytes('64MB') THEN
-        PERFORM set_config('work_mem', '64MB', true);
-    END IF;
     IF current_setting('transaction_timeout', true) IS NOT NULL THEN -- PostgreSQL 17
         PERFORM set_config('transaction_timeout', '0', true);
     END IF;
