@@ -362,8 +362,10 @@ class RepeatPlan:
             return Append((StreamWrite(streams[0], [NewEvent("noted", {"n": 0})], ANY),))
         chosen = earlier[-1 - self.back % len(earlier)]
         if self.change == "the one before as well":
-            # Two appends as if they had been one.
+            # Two appends as if they had been one; not where one repeats the other's ids, which is refused unsent.
             before = earlier[-1 - (self.back + 1) % len(earlier)]
+            if before.event_ids & chosen.event_ids:
+                return chosen
             listed = {write.stream_id for write in chosen.writes}
             return replace(chosen, writes=(*(w for w in before.writes if w.stream_id not in listed), *chosen.writes))
         return chosen.changed(self.change, streams)
