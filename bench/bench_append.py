@@ -23,6 +23,7 @@ import pytest
 
 from contenders import ROUNDS, Contender, compare
 from datasets import EVENTS
+from expected import check_heads
 from hindsight_fast import ANY, AsyncEventStore, EventStore, NewEvent
 from hindsight_fast.embedded import EmbeddedServer
 
@@ -82,12 +83,7 @@ class Arena:
         self._stored += count
         row = self._admin.execute("SELECT count(*) FROM hindsight.events").fetchone()
         assert row == (self._stored,), f"{row} events are stored instead of {self._stored}"
-        row = self._admin.execute(
-            "WITH last AS (SELECT stream_id, max(stream_version) AS stream_version FROM hindsight.events GROUP BY 1) "
-            "SELECT count(*) FROM last FULL JOIN hindsight.stream_heads USING (stream_id, stream_version) "
-            "WHERE last.stream_id IS NULL OR stream_heads.stream_id IS NULL"
-        ).fetchone()
-        assert row == (0,), "heads differ from the last events"
+        check_heads(self._admin)
 
     def one_caller(self, store: EventStore, count: int) -> Contender:
         def run() -> None:

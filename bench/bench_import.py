@@ -23,7 +23,7 @@ from psycopg import sql
 
 from contenders import ROUNDS, Contender, compare
 from datasets import EVENTS, IMPORT_ID, DataSet
-from expected import stored_digest
+from expected import check_heads, stored_digest
 from hindsight_fast import Cursor, EventStore, ImportReport
 from hindsight_fast._core import EVENT_COLUMNS
 from hindsight_fast.embedded import EmbeddedServer
@@ -128,20 +128,12 @@ class Arena:
 
     def _check_ours(self) -> None:
         self._check("hindsight")
-        self._check_heads()
+        check_heads(self._admin)
 
     def _check_by_stream(self) -> None:
         found = stored_digest(self._admin, "hindsight", order="stream_id, stream_version")
         assert found == self._data.digest_by_stream, "other rows are stored than expected"
-        self._check_heads()
-
-    def _check_heads(self) -> None:
-        row = self._admin.execute(
-            "WITH last AS (SELECT stream_id, max(stream_version) AS stream_version FROM hindsight.events GROUP BY 1) "
-            "SELECT count(*) FROM last FULL JOIN hindsight.stream_heads USING (stream_id, stream_version) "
-            "WHERE last.stream_id IS NULL OR stream_heads.stream_id IS NULL"
-        ).fetchone()
-        assert row == (0,), "heads differ from the last events"
+        check_heads(self._admin)
 
 
 def _arena(server, database, data, folder):

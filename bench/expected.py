@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from datetime import datetime
 from json.decoder import JSONDecoder
 from pathlib import Path
-from typing import LiteralString, NamedTuple
+from typing import Any, LiteralString, NamedTuple
 from uuid import UUID
 
 import psycopg
@@ -39,6 +39,16 @@ class Row(NamedTuple):
     event_name: str
     payload: bytes
     metadata: bytes | None
+
+
+def check_heads(connection: psycopg.Connection[Any]) -> None:
+    """Raise AssertionError unless each stream's head has the version of its last event."""
+    row = connection.execute(
+        "WITH last AS (SELECT stream_id, max(stream_version) AS stream_version FROM hindsight.events GROUP BY 1) "
+        "SELECT count(*) FROM last FULL JOIN hindsight.stream_heads USING (stream_id, stream_version) "
+        "WHERE last.stream_id IS NULL OR stream_heads.stream_id IS NULL"
+    ).fetchone()
+    assert row == (0,), "heads differ from the last events"
 
 
 def rows_of(path: Path, import_id: str, count: int | None = None) -> Iterator[Row]:

@@ -671,8 +671,8 @@ def test_memory_is_flat(store: EventStore, database: str, tmp_path: Path, name: 
 
     small, large = peak_kib(20_000), peak_kib(200_000)
     print(f"peak memory: {small} KiB for 20,000 events, {large} KiB for 200,000")
-    # 4 MiB: a ninth of the lines that 180,000 more events make.
-    assert large < small + 4 * 1024
+    # 8 MiB: a fifth of the lines that 180,000 more events make. Between two runs of one size it differs by up to 4.
+    assert large < small + 8 * 1024
 
 
 def test_progress_tells_what_is_written(shop: EventStore) -> None:

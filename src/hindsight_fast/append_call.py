@@ -76,6 +76,7 @@ class AppendCall:
         self._check_writable = numbered(statements.check_writable)
         self._event_cursor = numbered(statements.event_cursor)
         self._known_events = numbered(statements.known_events)
+        self._count_known = numbered(statements.count_known)
         self._end_append = numbered(statements.end_append)
         self._prepared: WeakKeyDictionary[Any, set[bytes]] = WeakKeyDictionary()
 
@@ -180,8 +181,8 @@ class AppendCall:
         yield from self._ask(pgconn, self._begin_append, [patience.encode(), most_idle.encode()])
         begun = begun_of((yield from self._ask(pgconn, self._begin_copy, list(group.streams))))
         if request.look_up:
-            result = yield from self._ask(pgconn, self._known_events, [request.rows.event_ids()])
-            if result.ntuples:
+            result = yield from self._ask(pgconn, self._count_known, [request.rows.event_ids()])
+            if any(result.get_value(0, 0) or b""):
                 return KnownIds()
         found_versions = group.found_versions(begun.head_versions)
         found: list[tuple[int | None, Cursor | None]] = []

@@ -27,7 +27,7 @@ from .writes import (
     expectation_holds,
 )
 
-ACCEPTED, MISMATCHED, KNOWN = 0, 1, 2
+ACCEPTED, KNOWN = 0, 2  # of what append_v1 answers; 1: not as expected
 ARRAY_HEADER_BYTES: Final = 20
 _LONG: Final = struct.Struct("!q").pack
 

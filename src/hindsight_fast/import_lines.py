@@ -21,7 +21,6 @@ from .streams import stream_bytes
 _ABSENT: Final = msgspec.Raw(b"")
 _UUID_TEXT: Final = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}").fullmatch
 
-MAX_LINE_NO: Final = 2**40 - 1
 STREAMS_REMEMBERED: Final = 65_536
 """Names whose ids are kept: a name costs 1.5 µs, a look-up 0.03. Bounded, as streams are not."""
 REMEMBERED_CHARACTERS: Final = 200

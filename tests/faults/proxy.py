@@ -21,7 +21,8 @@ class CuttingProxy:
 
     ``cut_next("answer")``: the next append is handed on and carried out, but its answer goes nowhere: the client's
     connection is closed instead. ``cut_next("request")``: the client's connection is closed as soon as the next append
-    has been handed on, while the server goes on with it and learns nothing. ``cut`` is set once that has happened.
+    has been handed on, while the server goes on with it and learns nothing; not before ``let_go()`` if *held*. ``cut``
+    is set once it has been handed on.
     """
 
     def __init__(self, conninfo: str, folder: Path) -> None:
@@ -33,6 +34,7 @@ class CuttingProxy:
         self._listener.listen(50)
         self._cut_next: Literal["answer", "request"] | None = None
         self.cut = threading.Event()
+        self._may_close = threading.Event()
         self._kept: list[socket.socket] = []
         self._stopped = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -48,9 +50,16 @@ class CuttingProxy:
         for each in (*self._kept, self._listener):
             each.close()
 
-    def cut_next(self, what: Literal["answer", "request"]) -> None:
+    def cut_next(self, what: Literal["answer", "request"], *, held: bool = False) -> None:
         self.cut.clear()
+        if held:
+            self._may_close.clear()
+        else:
+            self._may_close.set()
         self._cut_next = what
+
+    def let_go(self) -> None:
+        self._may_close.set()
 
     def _start(self, work: object, *arguments: object) -> None:
         thread = threading.Thread(target=work, args=arguments, daemon=True)  # type: ignore[arg-type]
@@ -99,6 +108,7 @@ class CuttingProxy:
                         if what == "request":
                             self._kept.append(server)  # open: the server does not notice
                             self.cut.set()
+                            self._may_close.wait(20)
                             return
                         swallow_answer = True
         server.close()

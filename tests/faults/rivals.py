@@ -333,8 +333,13 @@ def main() -> None:
             if stop:
                 break
             with suppress(KeyboardInterrupt):  # what became of that append nobody says: it is unknown
-                striking = striking or threading.current_thread() is threading.main_thread()
-                writer.step()
+                try:
+                    if threading.current_thread() is threading.main_thread():
+                        striking = True
+                    writer.step()
+                finally:
+                    if threading.current_thread() is threading.main_thread():
+                        striking = False
         writer.close()
 
     def listen() -> None:

@@ -273,18 +273,20 @@ def test_an_attempt_that_was_cut_off_is_ended_before_it_is_made_again(
     waiting = "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
     with EventStore(proxy.conninfo) as store, psycopg.connect(database, autocommit=True) as watcher:
         append(store, ledger, "before")
+        attempts: list[int] = []
 
-        def waits() -> list[tuple[int]]:
-            return watcher.execute(waiting).fetchall()
+        def others_wait(count: int) -> bool:
+            attempts.extend(pid for (pid,) in watcher.execute(waiting) if pid not in attempts)
+            return len(attempts) >= count
 
         with locked_stream(database, stream) as holder:
-            proxy.cut_next("request")
+            proxy.cut_next("request", held=True)
             with Threads(lambda: append(store, ledger, "cut off", stream=stream)):
-                wait_until(proxy.cut.is_set, what="the append is cut off")
-                wait_until(waits, what="the attempt waits that was cut off")
-                first = waits()
-                wait_until(lambda: set(waits()) - set(first), what="another attempt waits")
-                assert not set(waits()) & set(first), "the attempt that was cut off is still under way"
+                wait_until(lambda: others_wait(1), what="the attempt waits that will be cut off")
+                proxy.let_go()
+                wait_until(lambda: others_wait(2), what="another attempt waits")
+                still = [pid for (pid,) in watcher.execute(waiting)]
+                assert still == attempts[1:], "the attempt that was cut off is still under way"
                 holder.rollback()
     ledger.check(database)
 
