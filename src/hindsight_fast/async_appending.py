@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Any
@@ -169,7 +169,7 @@ class AsyncGroupCommit:
         self._queue: GroupQueue[_Entry] = GroupQueue(lanes)
         self._departing = False  # a departure stands in the loop already
         self._tasks: set[asyncio.Task[None]] = set()
-        self._held_back: deque[asyncio.Future[None]] = deque()
+        self._held_back: OrderedDict[asyncio.Future[None], None] = OrderedDict()
 
     async def submit(self, request: AppendRequest, timeout_s: float) -> Outcome | None:
         """Have *request* carried out with others'. None: it was not, and it is to be tried alone.
@@ -198,11 +198,7 @@ class AsyncGroupCommit:
             task = asyncio.create_task(self._lead(group))
             self._tasks.add(task)  # the loop itself keeps no strong reference
             task.add_done_callback(self._tasks.discard)
-        while self._held_back and not self._queue.full:
-            waiter = self._held_back.popleft()
-            if not waiter.done():
-                waiter.set_result(None)
-                break  # it takes its place before the next one looks
+        self._wake_one()
 
     async def _lead(self, group: list[_Entry]) -> None:
         outcomes: Sequence[Outcome | None] = [None] * len(group)
@@ -217,12 +213,28 @@ class AsyncGroupCommit:
                 if not entry.outcome.done():
                     entry.outcome.set_result(outcome)
 
+    def _wake_one(self) -> None:
+        """Let one in of those held back, if there is room: it takes its place, and has the next one woken."""
+        while self._held_back and not self._queue.full:
+            waiter, _ = self._held_back.popitem(last=False)
+            if not waiter.done():  # cancelled, and not yet told
+                waiter.set_result(None)
+                break
+
     async def _wait_for_room(self, loop: asyncio.AbstractEventLoop, timeout_s: float) -> None:
         try:
             async with asyncio.timeout(timeout_s):
                 while self._queue.full:
                     waiter = loop.create_future()
-                    self._held_back.append(waiter)
-                    await waiter
+                    self._held_back[waiter] = None
+                    try:
+                        await waiter
+                    except asyncio.CancelledError:
+                        if waiter in self._held_back:
+                            del self._held_back[waiter]
+                        else:
+                            # Woken, and it does not take its place: those behind it once waited until their timeout.
+                            self._wake_one()
+                        raise
         except TimeoutError:
             raise WaitTimeout(f"{len(self._queue)} appends wait, and there was no room for {timeout_s:g} s") from None
