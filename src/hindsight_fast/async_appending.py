@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from functools import partial
 from typing import Any
 
 import psycopg
@@ -197,7 +198,7 @@ class AsyncGroupCommit:
         while (group := self._queue.depart()) is not None:
             task = asyncio.create_task(self._lead(group))
             self._tasks.add(task)  # the loop itself keeps no strong reference
-            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(partial(self._ended, group))
         self._wake_one()
 
     async def _lead(self, group: list[_Entry]) -> None:
@@ -206,12 +207,27 @@ class AsyncGroupCommit:
             outcomes = await self._run([entry.request for entry in group])
         except Exception:  # noqa: BLE001 - each tries alone, and meets what concerns it
             pass
+        except BaseException:
+            # Cancelled by somebody who cancels all tasks of the loop: perhaps behind the commit, where nobody has noted
+            # a loss. Whoever of the group goes on all the same looks first; it was appended twice.
+            for entry in group:
+                entry.request.look_up = entry.request.in_doubt = True
+            raise
         finally:
-            self._queue.arrived(group[0])
-            self._depart()
-            for entry, outcome in zip(group, outcomes, strict=True):
-                if not entry.outcome.done():
-                    entry.outcome.set_result(outcome)
+            self._arrive(group, outcomes)
+
+    def _arrive(self, group: list[_Entry], outcomes: Sequence[Outcome | None]) -> None:
+        self._queue.arrived(group[0])
+        self._depart()
+        for entry, outcome in zip(group, outcomes, strict=True):
+            if not entry.outcome.done():
+                entry.outcome.set_result(outcome)
+
+    def _ended(self, group: list[_Entry], task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if self._queue.led_by(group[0]) is not None:
+            # Cancelled before its first step, of which a coroutine learns nothing.
+            self._arrive(group, [None] * len(group))
 
     def _wake_one(self) -> None:
         """Let one in of those held back, if there is room: it takes its place, and has the next one woken."""
