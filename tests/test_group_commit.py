@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from math import ceil
 from types import FrameType
 from typing import Any
 from uuid import UUID
@@ -22,7 +23,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from hindsight_fast import AppendResult, Cursor, WaitTimeout, group_commit
-from hindsight_fast.group_commit import MOST_BYTES, MOST_EVENTS, GroupCommit, GroupQueue
+from hindsight_fast.group_commit import MOST_BYTES, MOST_EVENTS, SHARED_FROM, GroupCommit, GroupQueue
 
 SOAK = bool(os.environ.get("HINDSIGHT_SOAK"))
 PATIENCE_S = 20.0
@@ -57,11 +58,14 @@ class Entry:
         self.leader: Any = None
 
 
-def next_group(waiting: list[Entry]) -> list[Entry]:
+def next_group(waiting: list[Entry], free_lanes: int) -> list[Entry]:
     """Who leaves together, of those who wait: in order, but for those whose ids somebody before them has."""
     group: list[Entry] = []
     ids: set[UUID] = set()
+    share = ceil(len(waiting) / free_lanes) if len(waiting) >= SHARED_FROM else len(waiting)
     for entry in waiting:
+        if len(group) == share:
+            break
         sizes = [(len(each.request.events), each.request.byte_count) for each in (*group, entry)]
         events, size = (sum(each) for each in zip(*sizes, strict=True))
         if group and (events > MOST_EVENTS or size > MOST_BYTES):
@@ -85,7 +89,7 @@ class QueueMachine(RuleBasedStateMachine):
     def leaves(self) -> list[Entry] | None:
         if not self.waiting or len(self.on_their_way) == 2:
             return None
-        group = next_group(self.waiting)
+        group = next_group(self.waiting, 2 - len(self.on_their_way))
         self.waiting = [entry for entry in self.waiting if entry not in group]
         self.on_their_way.append(group)
         return group
@@ -106,6 +110,16 @@ class QueueMachine(RuleBasedStateMachine):
         else:
             assert self.queue.add(entry) == self.leaves()
         assert self.queue.depart() is None
+
+    @rule(count=st.integers(2, 3 * SHARED_FROM), ids=st.lists(st.integers(0, 3), max_size=2))
+    def many_come_in_one_turn(self, count: int, ids: list[int]) -> None:
+        for n in range(count):
+            entry = Entry(FakeRequest(ids if n == count // 2 else [], 1, 1))
+            self.waiting.append(entry)
+            self.queue.enqueue(entry)
+        while (group := self.queue.depart()) is not None:
+            assert group == self.leaves()
+        assert self.leaves() is None
 
     @precondition(lambda self: self.on_their_way)
     @rule(data=st.data())

@@ -23,6 +23,7 @@ LAYERS = [
     {"begin_copy"},
     {"event_registry", "append_request"},
     {"append_call", "group_commit"},
+    {"kept_connections"},
     {"appending", "async_appending"},
     {"golden"},
     {"testing"},
@@ -43,6 +44,7 @@ LAYERS = [
 ]
 # The only modules that may talk to a server or start one.
 SHELLS = {"store", "async_store", "worker_call", "idle_check", "begin_copy", "append_call", "appending"}
+SHELLS |= {"kept_connections"}
 SHELLS |= {"async_appending", "read_ahead", "import_writer", "import_dry_run", "import_jobs", "import_build"}
 SHELLS |= {"import_initial", "importer", "installations", "accounts", "server_guard", "embedded"}
 SHELLS |= {"status", "demo", "cli_common", "cli_import", "cli_read", "cli_schema", "cli"}

@@ -47,6 +47,7 @@ __all__ = [
     "group_parameters",
     "int_array",
     "row_values",
+    "time_ordered_uuid",
 ]
 
 c_datetime.import_datetime()

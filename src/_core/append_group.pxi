@@ -280,3 +280,18 @@ def int_array(data):
     if source.at != source.end:
         raise MalformedRow(f"{source.end - source.at} bytes behind the last element")
     return elements
+
+
+def time_ordered_uuid(uint64_t place, bytes chance not None):
+    """Return the UUIDv7 (RFC 9562, section 5.7) with *place*, 48 bits of milliseconds and 12 of a counter, and *chance*.
+
+    *chance* is 8 bytes, of which the first two bits are not used. Raises ValueError for other sizes. By UUID's own
+    constructor, of an int put together in Python, an id took 1.8 µs.
+    """
+    cdef unsigned char raw[16]
+    if PyBytes_GET_SIZE(chance) != 8 or place >> 60:
+        raise ValueError("an id takes 60 bits of place, and 8 bytes of chance")
+    write_int64(raw, <int64_t>((place >> 12 << 16) | 0x7000 | (place & 0xFFF)))
+    memcpy(raw + 8, <const unsigned char *>PyBytes_AS_STRING(chance), 8)
+    raw[8] = (raw[8] & 0x3F) | 0x80
+    return make_uuid(raw)

@@ -62,7 +62,7 @@ class AppendRequest:
     def __init__(
         self, writes: Sequence[StreamWrite], new_event: Callable[[Any], NewEvent], correlation_id: UUID | None
     ) -> None:
-        if sum(len(write.events) for write in writes) > MOST_EVENTS:
+        if len(writes) > 1 and sum(len(write.events) for write in writes) > MOST_EVENTS:
             raise ValueError(f"more than {MOST_EVENTS} events in one append: import them")
         self.writes = writes
         self.correlation_id = correlation_id
@@ -131,10 +131,16 @@ class AppendRequest:
 
     def written(self, transaction_no: int, first_sequence_no: int, found_versions: Iterable[int]) -> AppendResult:
         """Return the result of the accepted request: its number, and what version each write found."""
+        cursor = None
+        if len(self.writes) == 1 and self.events:  # as most are
+            (write,), (version,), count = self.writes, found_versions, len(self.events)
+            cursor = Cursor(transaction_no, first_sequence_no + count - 1)
+            return AppendResult(
+                cursor, {write.stream_id: cursor}, {write.stream_id: version + count}, tuple(self.event_ids)
+            )
         cursors: dict[UUID, Cursor] = {}
         versions: dict[UUID, int] = {}
         sequence_no = first_sequence_no - 1
-        cursor = None
         for write, found in zip(self.writes, found_versions, strict=True):
             if write.events:
                 sequence_no += len(write.events)
@@ -223,11 +229,12 @@ class Group:
             ((stream_id, _, least, most, _, _),) = request.targets
             bounds = (-1, MAX_STREAM_VERSION) if least is None or most is None else (least, most)
             self.parameters = [stream_id, *map(_LONG, bounds), *row_values(request.rows, 0)]
-            self._write_streams, self._write_offsets = [0], [1]
+            self._write_streams, self._write_offsets, self._stream_count = [0], [1], 1
         else:
             self.parameters, self._write_streams, self._write_offsets = group_parameters(
                 [(request.rows, request.targets) for request in requests], not for_copy
             )
+            self._stream_count = 1 + max(self._write_streams)
 
     @property
     def streams(self) -> tuple[bytes, bytes]:
@@ -255,8 +262,8 @@ class Group:
     def outcomes(self, answer: bytes) -> list[Outcome]:
         """Return the outcome of each request. Raises MalformedRow for an answer of another shape."""
         numbers: list[int] = int_array(answer)  # type: ignore[assignment]
-        streams = 1 + max(self._write_streams)
-        transaction_no, heads, rest = numbers[0], numbers[1 : 1 + streams], numbers[1 + streams :]
+        behind_heads = 1 + self._stream_count
+        transaction_no, heads, rest = numbers[0], numbers[1:behind_heads], numbers[behind_heads:]
         if not rest:
             codes = [ACCEPTED] * len(self.requests)
             found = [heads[s] - below for s, below in zip(self._write_streams, self._write_offsets, strict=True)]

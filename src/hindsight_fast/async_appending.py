@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from functools import partial
 from typing import Any
@@ -27,6 +27,8 @@ from .append_call import (
 from .append_request import AppendRequest, Outcome
 from .errors import WaitTimeout
 from .group_commit import LANES, GroupQueue
+from .kept_connections import KeptConnection, KeptConnections
+from .worker_call import until_done
 from .writes import AppendResult
 
 Connection = psycopg.AsyncConnection[Any]
@@ -53,7 +55,9 @@ class AsyncAppender:
         self._prepare = prepare
         self._timeout_s = timeout_s
         self._call = call
-        self._groups = AsyncGroupCommit(self._run_group) if group_commit else None
+        self._groups = AsyncGroupCommit(self._run_group, self._start_group) if group_commit else None
+        # None where they would be all that there are: others would wait for them.
+        self._kept = KeptConnections(LANES if most_connections > LANES else 0)
         self._patient = asyncio.Semaphore(max(1, most_connections // 2))
         self._generation: int | None = None
 
@@ -118,17 +122,45 @@ class AsyncAppender:
                 self._generation = None
             raise
 
+    async def close(self) -> None:
+        """Give back the connections that are kept for more appends."""
+        for returned in self._kept.give_back_all():
+            await until_done(returned)
+
     async def _run_group(self, requests: Sequence[AppendRequest]) -> Sequence[Outcome]:
-        async with self._lend(self._timeout_s) as connection:
+        async with AsyncExitStack() as lent:
+            connection = await lent.enter_async_context(self._lend(self._timeout_s))
             generation = await self._ready(connection)
             try:
                 async with connection.lock:
-                    return await connection.wait(
+                    outcomes = await connection.wait(
                         self._call.group(connection, requests, generation, patience=GROUP_PATIENCE)
                     )
             except BaseException as error:
                 note_loss(connection, requests, error)
                 raise
+            self._kept.keep(KeptConnection(asyncio.get_running_loop(), connection, lent.pop_all()))
+            return outcomes
+
+    def _start_group(
+        self, requests: Sequence[AppendRequest], arrived: Callable[[Sequence[Outcome] | None], object]
+    ) -> bool:
+        """Set off what ``_run_group`` does over a connection that is kept; False if there is none."""
+        generation = self._generation
+        kept = None if generation is None else self._kept.take()
+        if kept is None or generation is None:
+            return False
+
+        def done(outcomes: Sequence[Outcome] | None, error: BaseException | None) -> None:
+            if error is None:
+                self._kept.keep(kept)
+            else:
+                note_loss(kept.connection, requests, error)
+                self._kept.give_back(kept)
+            arrived(outcomes)
+
+        kept.converse(self._call.group(kept.connection, requests, generation, patience=GROUP_PATIENCE), done)
+        return True
 
     async def _may_be_patient(self, timeout_s: float) -> bool:
         """Whether there is room among those who wait for a stream that somebody keeps locked; to be released."""
@@ -160,13 +192,19 @@ class AsyncGroupCommit:
     nobody else's append.
 
     *run* carries out requests in one transaction, and returns an outcome for each. If it raises, each request of the
-    group is left to its own caller.
+    group is left to its own caller. ``start(requests, arrived)`` does so without a task, where it can: it returns
+    False, or calls ``arrived`` in the end, with the outcomes or with None.
     """
 
     def __init__(
-        self, run: Callable[[Sequence[AppendRequest]], Awaitable[Sequence[Outcome]]], lanes: int = LANES
+        self,
+        run: Callable[[Sequence[AppendRequest]], Awaitable[Sequence[Outcome]]],
+        start: Callable[[Sequence[AppendRequest], Callable[[Sequence[Outcome] | None], object]], bool] | None = None,
+        *,
+        lanes: int = LANES,
     ) -> None:
         self._run = run
+        self._start = start
         self._queue: GroupQueue[_Entry] = GroupQueue(lanes)
         self._departing = False  # a departure stands in the loop already
         self._tasks: set[asyncio.Task[None]] = set()
@@ -196,13 +234,16 @@ class AsyncGroupCommit:
     def _depart(self) -> None:
         self._departing = False
         while (group := self._queue.depart()) is not None:
+            requests = [entry.request for entry in group]
+            if self._start is not None and self._start(requests, partial(self._arrive, group)):
+                continue
             task = asyncio.create_task(self._lead(group))
             self._tasks.add(task)  # the loop itself keeps no strong reference
             task.add_done_callback(partial(self._ended, group))
         self._wake_one()
 
     async def _lead(self, group: list[_Entry]) -> None:
-        outcomes: Sequence[Outcome | None] = [None] * len(group)
+        outcomes: Sequence[Outcome] | None = None
         try:
             outcomes = await self._run([entry.request for entry in group])
         except Exception:  # noqa: BLE001 - each tries alone, and meets what concerns it
@@ -216,10 +257,11 @@ class AsyncGroupCommit:
         finally:
             self._arrive(group, outcomes)
 
-    def _arrive(self, group: list[_Entry], outcomes: Sequence[Outcome | None]) -> None:
+    def _arrive(self, group: list[_Entry], outcomes: Sequence[Outcome] | None) -> None:
         self._queue.arrived(group[0])
         self._depart()
-        for entry, outcome in zip(group, outcomes, strict=True):
+        told: Iterable[Outcome | None] = outcomes or [None] * len(group)
+        for entry, outcome in zip(group, told, strict=True):
             if not entry.outcome.done():
                 entry.outcome.set_result(outcome)
 
@@ -227,7 +269,7 @@ class AsyncGroupCommit:
         self._tasks.discard(task)
         if self._queue.led_by(group[0]) is not None:
             # Cancelled before its first step, of which a coroutine learns nothing.
-            self._arrive(group, [None] * len(group))
+            self._arrive(group, None)
 
     def _wake_one(self) -> None:
         """Let one in of those held back, if there is room: it takes its place, and has the next one woken."""

@@ -131,6 +131,7 @@ class AsyncEventStore(StoreBase):
         """Close the store's own pool; harmless when already closed."""
         if self._open:
             self._check_loop()
+            await self._appender.close()
         self._open = False
         if self._given_pool is None and self._pool is not None:
             pool, self._pool = self._pool, None

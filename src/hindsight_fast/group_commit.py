@@ -24,6 +24,9 @@ MOST_BYTES: Final = 4 * 1024 * 1024
 """Of a group; the first request of it may be larger."""
 MOST_WAITING: Final = 10_000
 """Further callers are held back until there is room."""
+SHARED_FROM: Final = 8
+"""From so many requests on, those that wait are shared out among the free lanes. Else callers that come back together
+would leave together for ever, and client and server take turns; fewer are sooner done in one call."""
 LOOK_ROUND_S: Final = 1.0
 """How often who waits makes sure that somebody is still at work for it: an interrupt can strike anywhere."""
 
@@ -100,13 +103,20 @@ class GroupQueue(Generic[E]):
         return entry.leader in self._groups or entry in self._waiting
 
     def _leave(self) -> list[E]:
+        share = len(self._waiting)
+        if share >= SHARED_FROM:
+            share = -(-share // (self._lanes - len(self._groups)))
         group: list[E] = []
         stay: list[E] = []
         events = size = seen = 0
         ids: set[UUID] = set()
         for entry in self._waiting:
             request = entry.request
-            if group and (events + len(request.events) > MOST_EVENTS or size + request.byte_count > MOST_BYTES):
+            if group and (
+                len(group) >= share
+                or events + len(request.events) > MOST_EVENTS
+                or size + request.byte_count > MOST_BYTES
+            ):
                 break
             seen += 1
             shared = request.look_up and not ids.isdisjoint(request.event_ids)

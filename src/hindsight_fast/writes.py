@@ -12,7 +12,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
-from ._core import Cursor
+from ._core import Cursor, time_ordered_uuid
 
 if TYPE_CHECKING:
     from ._core import RecordedEvent
@@ -201,5 +201,4 @@ class EventIds:
         now = time.time_ns() // 1_000_000 << 12
         with self._lock:
             self._last = place = max(now, self._last + 1)
-        chance = int.from_bytes(os.urandom(8), "big") >> 2
-        return UUID(int=place >> 12 << 80 | 7 << 76 | (place & 0xFFF) << 64 | 0b10 << 62 | chance)
+        return time_ordered_uuid(place, os.urandom(8))
