@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import json
+import os
 import random
 import threading
 import time
@@ -323,7 +324,7 @@ def test_closing_a_read_of_single_events_closes_its_pages_at_once(
     run(main)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(40 if os.environ.get("HINDSIGHT_SOAK") else 2))
 def test_calls_that_are_cancelled_anywhere_leave_the_pool_whole(filled: str, always_ahead: None, seed: int) -> None:
     chance = random.Random(seed)
 
@@ -423,8 +424,9 @@ def test_a_server_restarted_between_two_calls_costs_nobody_an_error(
         began = time.monotonic()
         assert store.head() == head
         assert len(list(store.read())) == 10
-        # By the pool's own check each further connection that is found gone would be waited for twice as long.
-        assert time.monotonic() - began < 3
+        # By the pool's own check each further connection that is found gone would be waited for twice as long: 63 s in
+        # all, and an error when the store's patience ends.
+        assert time.monotonic() - began < PATIENCE_S - 5
 
 
 def test_an_idle_connection_that_was_told_something_is_kept(store_class: type[EventStore], database: str) -> None:
@@ -515,7 +517,7 @@ def test_an_import_that_waits_is_cancelled_soon(database: str, waits_for: str) -
                     release.wait(PATIENCE_S)
                 yield from lines(10)
 
-            rate = 0.5 if waits_for == "its rate" else None
+            rate = 0.1 if waits_for == "its rate" else None
             task = asyncio.create_task(store.import_events(source(), import_id="slow", max_rate=rate, chunk_size=10))
             if waits_for != "its turn":
                 await until(begun.is_set)
@@ -525,7 +527,7 @@ def test_an_import_that_waits_is_cancelled_soon(database: str, waits_for: str) -
             try:
                 with pytest.raises(asyncio.CancelledError):
                     await task
-                assert time.monotonic() - began < 3
+                assert time.monotonic() - began < PATIENCE_S - 5  # its source and its rate keep it for longer
             finally:
                 release.set()
             assert await store.import_events(lines(10), import_id="after") is not None

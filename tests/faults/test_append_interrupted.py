@@ -19,7 +19,6 @@ from hindsight_fast.group_commit import GroupCommit
 from ledger import Ledger, event
 from rivals import BY_STORE, Follower, Threads, WriterProcess, wait_until
 
-
 TIMEOUT_S = 40.0
 """After which whoever waits goes on by itself. So long that a machine that stands still is not taken for that."""
 

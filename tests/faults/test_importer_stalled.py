@@ -17,8 +17,8 @@ from hindsight_fast import Cursor, EventStore, import_writer, reading, stream_uu
 COUNT = 20_000
 HOLD_S = 1.0
 
-# Stops itself (SIGSTOP) at a place in its second chunk: in the middle of the COPY, or between two statements. Before the
-# latter it sets the bound of its idle time, so that no pause of the machine at another place ends it, and tells that it
+# Stops itself (SIGSTOP) at a place in its second chunk: in the middle of the COPY, or between two statements. Before
+# the latter it sets the bound of its idle time, so that no pause of the machine elsewhere ends it, and tells that it
 # holds up readers: once it has stopped, the server may end it before anybody looks.
 IMPORTER = """
 import os, signal, sys

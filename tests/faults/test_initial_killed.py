@@ -147,7 +147,7 @@ def held_at(stage: str, database: str, source: Path) -> Iterator[Importer]:
                 wait_until(
                     lambda: looker.execute(
                         "SELECT 1 FROM pg_stat_activity WHERE query LIKE '%virtualxid%' AND pid <> pg_backend_pid()"
-                        " AND state = 'idle'"
+                        " AND datname = current_database() AND state = 'idle'"
                     ).fetchone()
                 )
             elif stage == "lock of the log":
