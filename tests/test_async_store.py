@@ -157,7 +157,7 @@ def test_two_tasks_may_open_a_store_at_once(filled: str) -> None:
 
 def test_no_connection_is_held_between_pages_and_the_next_is_fetched_meanwhile(filled: str, always_ahead: None) -> None:
     async def main() -> None:
-        async with AsyncEventStore(filled, pool_size=1, timeout=5) as store:
+        async with AsyncEventStore(filled, pool_size=1) as store:
             pages = [store.read_batches(batch_size=PAGE) for _ in range(3)]
             firsts = []
             for each in pages:
@@ -182,7 +182,7 @@ def test_a_busy_pool_delays_the_reader_little(filled: str, always_ahead: None) -
                 began = time.monotonic()
                 seen += [await anext(events) for _ in range(PAGE)]
                 await until(lambda: not own_tasks())
-                assert READ_AHEAD_PATIENCE_S <= time.monotonic() - began < READ_AHEAD_PATIENCE_S + 5
+                assert READ_AHEAD_PATIENCE_S <= time.monotonic() - began < READ_AHEAD_PATIENCE_S + 20  # not the 30 s
             seen += [n async for n in events]
             assert seen == list(range(COUNT))
 

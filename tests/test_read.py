@@ -386,7 +386,7 @@ def test_reading_ends_although_somebody_keeps_appending(mixed: EventStore) -> No
 def test_no_connection_is_held_between_pages(
     server: EmbeddedServer, mixed: EventStore, store_class: type[EventStore], database: str
 ) -> None:
-    with store_class(database, pool_size=1, timeout=5) as store:
+    with store_class(database, pool_size=1) as store:
         readers = [store.read() for _ in range(3)]
         for reader in readers:
             next(reader)  # each is in the middle of its first page

@@ -368,6 +368,9 @@ def test_a_sequence_with_a_cache_is_refused_by_name_and_mends(database: str, sto
     ledger, follower = Ledger(), Follower(store)
     append(store, ledger, "before")
     execute(database, "ALTER SEQUENCE hindsight.transaction_no CACHE 20")
+    # Two connections at least, which take turns: one that draws alone hoards numbers and harms nobody.
+    with store.pool.connection(), store.pool.connection():
+        pass
     refusals: list[SchemaError] = []
 
     def write(name: str) -> None:
