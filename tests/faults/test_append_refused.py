@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from statistics import median
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -198,7 +197,8 @@ HELD_S = 20.0 if SOAK_MINUTES else 1.0
 
 def check_that_strangers_went_on(waits_s: list[float]) -> None:
     """Whatever the machine does meanwhile: a pause of it strikes one of them, a stream that is locked strikes many."""
-    assert median(waits_s) < 0.5, f"half of the strangers waited for {median(waits_s):.1f} s"
+    held_up = [each for each in waits_s if each > 0.3]  # it takes some milliseconds
+    assert len(held_up) <= 3, f"{len(held_up)} of {len(waits_s)} strangers waited, the longest for {max(held_up):.1f} s"
     # Nobody waits as long as for the store's timeout, of 30 s, which is what who is forgotten waits for.
     assert max(waits_s) < (1.5 if SOAK_MINUTES else 15.0), f"a stranger waited for {max(waits_s):.1f} s"
 
