@@ -14,7 +14,8 @@ from hindsight_fast import Cursor, EventStore
 from killed_imports import Told
 
 POLL_S: Final = 0.02
-SLACK_S: Final = 0.05
+SLACK_S: Final = 5.0
+"""What a machine that stands still may add; a registration that stays is there for half a minute."""
 DEADLINE_S: Final = 60.0
 
 

@@ -152,10 +152,13 @@ MISUSES: dict[str, tuple[Callable[[EventStore], object], type[Exception], str]] 
 
 
 @pytest.fixture
-def exhausted(database: str) -> Iterator[EventStore]:
+def exhausted(database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[EventStore]:
     """A store whose only connection somebody else has: whatever asks for one fails with a PoolTimeout."""
     with ConnectionPool(database, min_size=1, max_size=1, open=True, kwargs={"autocommit": True}) as pool:
-        with EventStore(pool=pool, event_types=[paid], timeout=0.05) as store, pool.connection():
+        with EventStore(pool=pool, event_types=[paid]) as store, pool.connection():
+            # Impatient only from here on: while it was opened, a pause of the machine would have been an error.
+            monkeypatch.setattr(store, "_timeout", 0.05)
+            monkeypatch.setattr(store._appender, "_timeout_s", 0.05)
             yield store
 
 

@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import gc
 import json
+import os
 import random
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,23 @@ import psycopg
 import pytest
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
+from async_stores import (
+    COUNT,
+    PAGE,
+    PATIENCE_S,
+    Locked,
+    all_are_back,
+    by_pages,
+    check_whole,
+    lines,
+    own_tasks,
+    run,
+    until,
+)
 from hindsight_fast import (
     AsyncEventStore,
     EventStore,
     HindsightError,
-    ImportFailed,
-    ImportProgress,
     StoreClosed,
     read_ahead,
     reading,
@@ -32,14 +44,6 @@ from hindsight_fast import (
 from hindsight_fast.async_store import READ_AHEAD_PATIENCE_S
 from hindsight_fast.embedded import EmbeddedServer
 from hindsight_fast.installations import Installation
-
-COUNT = 3_000
-PAGE = 100
-PATIENCE_S = 20
-
-
-def lines(count: int = COUNT) -> Iterator[bytes]:
-    return (b'{"stream":"s%d","type":"t","data":{"n":%d}}' % (n % 9, n) for n in range(count))
 
 
 @pytest.fixture
@@ -53,78 +57,6 @@ def filled(database: str) -> str:
 @pytest.fixture
 def always_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(read_ahead, "WORTHWHILE", -1.0)
-
-
-def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Run *main* in a loop of its own, in which nothing may go wrong unheard: no lost task, no unretrieved error."""
-    complaints: list[dict[str, Any]] = []
-
-    async def watched() -> None:
-        asyncio.get_running_loop().set_exception_handler(lambda _loop, context: complaints.append(context))
-        await main()
-
-    asyncio.run(asyncio.wait_for(watched(), 100))
-    gc.collect()
-    assert complaints == []
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.002)
-
-
-def own_tasks() -> list[str]:
-    """The tasks that a store has begun and not ended."""
-    return [name for task in asyncio.all_tasks() if (name := task.get_name()).startswith("hindsight-")]
-
-
-def all_are_back(store: AsyncEventStore) -> bool:
-    stats = store.pool.get_stats()
-    return stats["pool_available"] == stats["pool_size"] and not stats.get("requests_waiting")
-
-
-async def check_whole(store: AsyncEventStore, connections: int) -> None:
-    """The pool has all its connections, and each of them works."""
-    await until(lambda: not own_tasks())
-    await until(lambda: all_are_back(store))
-    heads = await asyncio.gather(*(store.head() for _ in range(connections * 3)))
-    assert None not in heads
-    assert len(set(heads)) == 1
-    async with contextlib.AsyncExitStack() as stack:
-        for _ in range(connections):
-            connection = await stack.enter_async_context(store.pool.connection(timeout=PATIENCE_S))
-            assert connection.info.transaction_status == psycopg.pq.TransactionStatus.IDLE
-            assert connection.autocommit
-
-
-async def by_pages(store: AsyncEventStore) -> AsyncIterator[int]:
-    async for batch in store.read_batches(batch_size=PAGE):
-        for event in batch:
-            yield event.payload["n"]
-
-
-class Locked:
-    """The log's table is locked: whoever reads it waits."""
-
-    def __init__(self, database: str) -> None:
-        self.blocker = psycopg.connect(database)
-        self.admin = psycopg.connect(database, autocommit=True)
-
-    def __enter__(self) -> Locked:
-        self.blocker.execute("LOCK TABLE hindsight.events IN ACCESS EXCLUSIVE MODE")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.blocker.close()
-        self.admin.close()
-
-    def waiting(self) -> list[int]:
-        rows = self.admin.execute(
-            "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
-        )
-        return [pid for (pid,) in rows]
 
 
 # The loop and the pool
@@ -225,7 +157,7 @@ def test_two_tasks_may_open_a_store_at_once(filled: str) -> None:
 
 def test_no_connection_is_held_between_pages_and_the_next_is_fetched_meanwhile(filled: str, always_ahead: None) -> None:
     async def main() -> None:
-        async with AsyncEventStore(filled, pool_size=1, timeout=5) as store:
+        async with AsyncEventStore(filled, pool_size=1) as store:
             pages = [store.read_batches(batch_size=PAGE) for _ in range(3)]
             firsts = []
             for each in pages:
@@ -250,7 +182,7 @@ def test_a_busy_pool_delays_the_reader_little(filled: str, always_ahead: None) -
                 began = time.monotonic()
                 seen += [await anext(events) for _ in range(PAGE)]
                 await until(lambda: not own_tasks())
-                assert READ_AHEAD_PATIENCE_S <= time.monotonic() - began < READ_AHEAD_PATIENCE_S + 5
+                assert READ_AHEAD_PATIENCE_S <= time.monotonic() - began < READ_AHEAD_PATIENCE_S + 20  # not the 30 s
             seen += [n async for n in events]
             assert seen == list(range(COUNT))
 
@@ -323,7 +255,7 @@ def test_closing_a_read_of_single_events_closes_its_pages_at_once(
     run(main)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(40 if os.environ.get("HINDSIGHT_SOAK") else 2))
 def test_calls_that_are_cancelled_anywhere_leave_the_pool_whole(filled: str, always_ahead: None, seed: int) -> None:
     chance = random.Random(seed)
 
@@ -423,8 +355,9 @@ def test_a_server_restarted_between_two_calls_costs_nobody_an_error(
         began = time.monotonic()
         assert store.head() == head
         assert len(list(store.read())) == 10
-        # By the pool's own check each further connection that is found gone would be waited for twice as long.
-        assert time.monotonic() - began < 3
+        # By the pool's own check each further connection that is found gone would be waited for twice as long: 63 s in
+        # all, and an error when the store's patience ends.
+        assert time.monotonic() - began < PATIENCE_S - 5
 
 
 def test_an_idle_connection_that_was_told_something_is_kept(store_class: type[EventStore], database: str) -> None:
@@ -460,153 +393,6 @@ def backends(admin: psycopg.Connection[Any]) -> list[int]:
         " AND backend_type = 'client backend' AND pid <> pg_backend_pid()"
     )
     return [pid for (pid,) in rows]
-
-
-# Imports and exports, in a thread
-
-
-def test_a_cancelled_import_stops_and_is_gone_on_with(database: str) -> None:
-    async def main() -> None:
-        async with AsyncEventStore(database, pool_size=2) as store:
-            await store.create_schema()
-            for jobs, count in ((1, 20_000), (2, 40_000)):
-                name = f"with {jobs}"
-                told: list[ImportProgress] = []
-                chunks = asyncio.Event()
-
-                def tell(progress: ImportProgress, told: Any = told, chunks: Any = chunks) -> None:
-                    assert asyncio.get_running_loop()  # called in the loop
-                    told.append(progress)
-                    if len(told) == 5:
-                        chunks.set()
-
-                task = asyncio.create_task(
-                    store.import_events(lines(20_000), import_id=name, chunk_size=100, jobs=jobs, progress=tell)
-                )
-                await chunks.wait()
-                task.cancel()
-                with pytest.raises(asyncio.CancelledError):
-                    await task
-                assert not [each for each in threading.enumerate() if each.name.startswith("hindsight-import")]
-                found = [event async for event in store.read()]
-                stored = len(found) - (count - 20_000)
-                assert 400 <= stored < 20_000
-                assert stored % 100 == 0 or jobs == 2  # whole chunks
-                report = await store.import_events(lines(20_000), import_id=name, jobs=jobs)
-                assert report.skipped_events == stored
-                assert report.events == 20_000 - stored
-                found = [event async for event in store.read()]
-                assert sorted(event.payload["n"] for event in found[count - 20_000 :]) == list(range(20_000))
-
-    run(main)
-
-
-@pytest.mark.parametrize("waits_for", ["its source", "its rate", "its turn"])
-def test_an_import_that_waits_is_cancelled_soon(database: str, waits_for: str) -> None:
-    async def main() -> None:
-        async with AsyncEventStore(database) as store:
-            await store.create_schema()
-            release, begun = threading.Event(), threading.Event()
-
-            def source() -> Iterator[bytes]:
-                yield from lines(10)
-                begun.set()
-                if waits_for == "its source":
-                    release.wait(PATIENCE_S)
-                yield from lines(10)
-
-            rate = 0.5 if waits_for == "its rate" else None
-            task = asyncio.create_task(store.import_events(source(), import_id="slow", max_rate=rate, chunk_size=10))
-            if waits_for != "its turn":
-                await until(begun.is_set)
-            await asyncio.sleep(0.1 if waits_for != "its turn" else 0)
-            began = time.monotonic()
-            task.cancel()
-            try:
-                with pytest.raises(asyncio.CancelledError):
-                    await task
-                assert time.monotonic() - began < 3
-            finally:
-                release.set()
-            assert await store.import_events(lines(10), import_id="after") is not None
-
-    run(main)
-
-
-def test_what_progress_raises_ends_the_import_and_reaches_the_caller(database: str) -> None:
-    class Enough(Exception):
-        pass
-
-    def enough(_: object) -> None:
-        raise Enough
-
-    async def main() -> None:
-        async with AsyncEventStore(database) as store:
-            await store.create_schema()
-            with pytest.raises(Enough):
-                await store.import_events(lines(), import_id="x", chunk_size=500, progress=enough)
-            assert len([event async for event in store.read()]) == 500
-            with pytest.raises(ImportFailed, match="malformed"):
-                await store.import_events([b"bad"], import_id="bad")
-            with pytest.raises(ValueError, match="jobs"):
-                await store.import_events([], import_id="x", jobs=0)
-
-    run(main)
-
-
-def test_an_initial_import_is_abandoned(database: str) -> None:
-    def broken() -> Iterator[bytes]:
-        yield from lines(1000)
-        raise RuntimeError("the source broke")
-
-    async def main() -> None:
-        async with AsyncEventStore(database) as store:
-            await store.create_schema()
-            with pytest.raises(RuntimeError, match="broke"):
-                await store.import_events(broken(), import_id="x", mode="initial", chunk_size=100)
-            await store.abandon_import("x")
-            report = await store.import_events(lines(), import_id="x", mode="initial")
-            assert report.events == COUNT
-
-    run(main)
-
-
-def test_an_export_writes_what_the_synchronous_one_does(filled: str, tmp_path: Path) -> None:
-    with EventStore(filled) as sync_store:
-        sync_store.export_events(tmp_path / "sync.ndjson", event_types=["t"])
-
-    async def main() -> None:
-        async with AsyncEventStore(filled, pool_size=1) as store:
-            told: list[int] = []
-            target = tmp_path / "async.ndjson"
-            count = await store.export_events(
-                target, event_types=["t"], progress=lambda progress: told.append(progress.events)
-            )
-            assert count == COUNT == told[-1]
-            assert target.read_bytes() == (tmp_path / "sync.ndjson").read_bytes()
-            with pytest.raises(FileExistsError):
-                await store.export_events(target)
-            with pytest.raises(TypeError, match="target"):
-                await store.export_events(7)  # type: ignore[arg-type]
-            await check_whole(store, 1)
-
-    run(main)
-
-
-def test_a_cancelled_export_leaves_no_file_and_no_query(filled: str, tmp_path: Path) -> None:
-    async def main() -> None:
-        async with AsyncEventStore(filled, pool_size=1) as store:
-            with Locked(filled) as locked:
-                task = asyncio.create_task(store.export_events(tmp_path / "all.ndjson"))
-                await until(lambda: len(locked.waiting()) == 1)
-                task.cancel()
-                with pytest.raises(asyncio.CancelledError):
-                    await task
-                await until(lambda: not locked.waiting())
-            assert list(tmp_path.iterdir()) == []
-            await check_whole(store, 1)
-
-    run(main)
 
 
 def test_payloads_are_plain_json_and_ids_are_uuids(filled: str) -> None:

@@ -69,7 +69,7 @@ events = st.fixed_dictionaries(
 
 
 @pytest.mark.essential
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     given_events=st.lists(st.none() | events, max_size=30),
     chunk_size=st.integers(1, 40),
@@ -444,7 +444,7 @@ def test_an_interrupt_ends_what_is_being_built(store: EventStore, database: str,
         began = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
             store.import_events(lines(30), import_id="a", mode="initial", progress=interrupt)
-        assert time.monotonic() - began < 20
+        assert time.monotonic() - began < 40  # and not the minute for which building waits
         assert not [thread for thread in threading.enumerate() if thread.name == "hindsight-import-build"]
         assert connection.execute("SELECT 1 FROM pg_locks WHERE NOT granted").fetchone() is None
     assert store.import_events(lines(30), import_id="a", mode="initial").skipped_events == 30

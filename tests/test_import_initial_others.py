@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from typing import Any
 
 import psycopg
@@ -162,17 +161,23 @@ def test_a_snapshot_from_between_two_chunks_never_shows_half_of_the_events(
                 is None
             )
         )
-        # Long enough for a switch that does not wait: it takes milliseconds.
-        deadline = time.monotonic() + 1.0
-        while time.monotonic() < deadline and running.running:
-            time.sleep(0.01)
+        # It looks for snapshots like this one, again and again: so it has come to the switch, and waits.
+        wait_until(
+            lambda: connection.execute(
+                "SELECT 1 FROM pg_stat_activity WHERE query LIKE '%virtualxid%' AND pid <> pg_backend_pid()"
+                " AND datname = current_database() AND state = 'idle'"
+            ).fetchone()
+        )
         assert reader.execute("SELECT count(*) FROM hindsight.events").fetchone() == (0,)
     assert running.result().events == 80
     assert len(list(store.read())) == 80
 
 
 @pytest.mark.essential
-def test_would_be_writers_are_refused_by_name_until_the_switch(store: EventStore, connection: Connection) -> None:
+def test_would_be_writers_are_refused_by_name_until_the_switch(
+    store: EventStore, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hindsight_fast.import_initial.RIVAL_PATIENCE_S", 0.3)
     source = Paused(lines(20), lines(20))
     running = Background(lambda: store.import_events(source, import_id="it's mine", mode="initial", chunk_size=10))
     wait_until(lambda: state_of(connection) != "open")

@@ -242,11 +242,11 @@ def test_a_failing_writer_ends_an_import_that_waits_for_its_source(store: EventS
     with os.fdopen(write_end, "wb", buffering=0) as pipe, os.fdopen(read_end, "rb") as source:
         pipe.write(line(0, FIRST) + b"\n" + line(1, FIRST) + b"\n")  # a chunk, and then nothing
         began = time.monotonic()
-        ending = threading.Timer(20, pipe.close)  # what would end it, were the failure not noticed
+        ending = threading.Timer(60, pipe.close)  # what would end it, were the failure not noticed
         ending.start()
         with pytest.raises(ImportFailed, match="mine"):
             store.import_events(source, import_id="a", jobs=2, chunk_size=2)
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 50
         ending.cancel()
         pipe.close()  # closing the other end would wait for the thread that reads there
     assert store.head() is None
@@ -298,7 +298,7 @@ def test_an_interrupt_waits_for_no_lock(store: EventStore, database: str) -> Non
             process.send_signal(signal.SIGINT)
             _, errors = process.communicate(timeout=60)
         assert b"KeyboardInterrupt" in errors
-        assert time.monotonic() - began < 10  # and not the minute for which a chunk is patient
+        assert time.monotonic() - began < 40  # and not the minute for which a chunk is patient
 
 
 def test_the_figures_of_a_failure_are_those_of_all_shards(store: EventStore, database: str, no_patience: None) -> None:

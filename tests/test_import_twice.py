@@ -255,7 +255,7 @@ def model(lines: list[Line]) -> tuple[dict[str, list[int]], int, list[int]]:
 
 
 @pytest.mark.essential
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(lines=lines_of_all_kinds, chunk_size=st.integers(1, 15), jobs=st.integers(1, 4), interruptions=interruptions)
 def test_the_store_ends_as_the_model_whatever_comes_between(
     store: EventStore, lines: list[Line], chunk_size: int, jobs: int, interruptions: list[tuple[str, int]]

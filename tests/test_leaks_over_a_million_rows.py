@@ -1,7 +1,9 @@
 """Encoding, decoding, batches, lines and every way to fail, a million rows each: the process must not grow.
 
+(A million in a soak, else 400,000.)
+
 ``kept_bytes`` (leaks.py) sees what Python allocates, over some thousand calls. This sees all of it, libpq's memory and
-the C library's too, by the size of the process; a pointer lost a row would add 8 MB. Each job runs in a process of
+the C library's too, by the size of the process. Each job runs in a process of
 its own: in one that has freed much before, a leak could fill that up unseen.
 """
 
@@ -31,8 +33,9 @@ from libpq_results import LibpqResult
 from plain_python import PlainEvent, PlainNewEvent
 
 MOST_GROWTH_BYTES = 3_000_000
-"""Noise of the allocators is below 1 MB (seen); the least leak, of 16 bytes a row, adds 16 MB."""
-ROWS = 1_000_000
+"""Noise of the allocators is below 1 MB (seen); the least leak, of 16 bytes a row, adds 6.4 MB to 400,000 rows."""
+# In the short form a leak of 16 bytes a row still adds twice as much as may be.
+ROWS = 1_000_000 if os.environ.get("HINDSIGHT_SOAK") else 400_000
 ROWS_A_CALL = 500
 
 NOW = datetime(2024, 5, 6, 7, 8, 9, 123456, tzinfo=UTC)
@@ -230,7 +233,7 @@ def growth_in_a_process(call: Callable[[], object]) -> int:
 
 @pytest.mark.parametrize("leak", LEAKS, ids=lambda call: call.__name__)
 def test_the_check_sees_a_leak(leak: Callable[[], None]) -> None:
-    assert growth_in_a_process(leak) > 3 * MOST_GROWTH_BYTES
+    assert growth_in_a_process(leak) > 1.5 * MOST_GROWTH_BYTES
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda call: call.__name__)

@@ -53,7 +53,7 @@ schema_names = st.text(st.characters(codec="utf-8", exclude_characters="\0"), mi
 )
 
 
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(name=schema_names)
 @example(name="$$")
 @example(name="$body$ 'quoted' \"twice\" \\back")

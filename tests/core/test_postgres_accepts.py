@@ -165,7 +165,7 @@ def test_what_postgresql_copies_out_is_what_was_copied_in(table):
 
 
 @pytest.mark.essential
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=30)
 @given(st.lists(new_events, max_size=10))
 @example([])
 def test_postgresql_reads_the_arrays_and_answers_in_kind(connection, events):

@@ -21,8 +21,8 @@ class CuttingProxy:
 
     ``cut_next("answer")``: the next append is handed on and carried out, but its answer goes nowhere: the client's
     connection is closed instead. ``cut_next("request")``: the client's connection is closed as soon as the next append
-    has been handed on, while the server goes on with it and learns nothing; not before ``let_go()`` if *held*. ``cut``
-    is set once it has been handed on.
+    has been handed on, while the server goes on with it and learns nothing. If *held*, the client's connection is not
+    closed before ``let_go()``. ``cut`` is set once the append has been carried out, or handed on.
     """
 
     def __init__(self, conninfo: str, folder: Path) -> None:
@@ -96,6 +96,7 @@ class CuttingProxy:
                     if source is server and swallow_answer:
                         self.cut.set()
                         server.close()
+                        self._may_close.wait(20)
                         return
                     if not data:
                         server.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -27,7 +28,9 @@ from hindsight_fast import (
     StreamWrite,
 )
 from ledger import Ledger, acknowledged, begun, event, table
-from rivals import Follower, Threads, WriterProcess, locked_stream, streams_of, wait_until
+from rivals import Follower, Threads, WriterProcess, locked_stream, streams_of, wait_until, waiting_for_locks
+
+SOAK_MINUTES = int(os.environ.get("HINDSIGHT_SOAK", "0"))
 
 REGISTERED = """
     SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND mode = 'ShareLock' AND objsubid = 1
@@ -168,13 +171,12 @@ def test_in_one_group_each_gets_its_own_answer(
     }
     with locked_stream(database, UUID(int=1)) as held:
         writes["waits"] = StreamWrite(UUID(int=1), [event("waits")], ANY)
-        began = time.monotonic()
         with one_group(store, database, monkeypatch, len(writes)):
             works = [lambda name=name, write=write: run(name, write) for name, write in writes.items()]
             with Threads(*works):
-                wait_until(lambda: len(answers) == len(writes) - 1, what="all but one have their answer", deadline_s=5)
+                # Who waited for that one would wait for the end of this block.
+                wait_until(lambda: len(answers) == len(writes) - 1, what="all but one have their answer")
                 assert "waits" not in answers
-                assert time.monotonic() - began < 5
                 held.rollback()
     assert isinstance(answers["conflict"], ConcurrencyConflict)
     assert isinstance(answers["refused by the server"], psycopg.errors.CheckViolation)
@@ -189,27 +191,37 @@ def test_in_one_group_each_gets_its_own_answer(
     ledger.check(database)
 
 
+HELD_S = 20.0 if SOAK_MINUTES else 1.0
+"""For how long a stream is kept locked, beside which others append."""
+
+
+def check_that_strangers_went_on(waits_s: list[float]) -> None:
+    """Whatever the machine does meanwhile: a pause of it strikes one of them, a stream that is locked strikes many."""
+    held_up = [each for each in waits_s if each > 0.3]  # it takes some milliseconds
+    assert len(held_up) <= 3, f"{len(held_up)} of {len(waits_s)} strangers waited, the longest for {max(held_up):.1f} s"
+    # Nobody waits as long as for the store's timeout, of 30 s, which is what who is forgotten waits for.
+    assert max(waits_s) < (1.5 if SOAK_MINUTES else 15.0), f"a stranger waited for {max(waits_s):.1f} s"
+
+
 @pytest.mark.parametrize("pool_size", [2, 10])
 def test_callers_of_a_locked_stream_hold_nobody_else_up(database: str, pool_size: int) -> None:
     ledger, held = Ledger(), uuid4()
-    longest_s = 0.0
+    waits_s = []
     with EventStore(database, pool_size=pool_size) as store:
         store.create_schema()
         with locked_stream(database, held) as holder:
             waiting = [lambda n=n: append(store, ledger, f"waits {n}", held) for n in range(pool_size + 4)]
             with Threads(*waiting):
                 assert store._appender._groups is not None
-                until = time.monotonic() + 2
-                count = 0
-                while time.monotonic() < until:
+                until = time.monotonic() + HELD_S
+                while len(waits_s) < 20 or time.monotonic() < until:
                     began = time.monotonic()
-                    append(store, ledger, f"stranger {count}")
+                    append(store, ledger, f"stranger {len(waits_s)}")
                     assert list(store.read(limit=1))
-                    longest_s = max(longest_s, time.monotonic() - began)
-                    count += 1
-                assert ledger.count("acknowledged") == count, "the stream was not locked"
+                    waits_s.append(time.monotonic() - began)
+                assert ledger.count("acknowledged") == len(waits_s), "the stream was not locked"
                 holder.rollback()
-    assert longest_s < 1.5, f"a stranger waited for {longest_s:.1f} s"
+    check_that_strangers_went_on(waits_s)
     assert not ledger.errors()
     ledger.check(database)
 
@@ -222,57 +234,59 @@ def test_tasks_of_a_locked_stream_hold_no_other_task_up(database: str, store: Ev
         ledger.take(begun(key, [write]))
         ledger.take(acknowledged(key, await tasks_store.transact([write])))
 
-    async def strangers_wait_s() -> float:
-        longest_s, count = 0.0, 0
+    async def strangers_wait_s() -> list[float]:
+        waits_s: list[float] = []
         async with AsyncEventStore(database) as tasks_store:
             with locked_stream(database, held) as holder:
                 async with asyncio.TaskGroup() as waiting:
                     for n in range(14):
                         waiting.create_task(append_to(tasks_store, f"waits {n}", held))
-                    until = time.monotonic() + 2
-                    while time.monotonic() < until:
+                    until = time.monotonic() + HELD_S
+                    while len(waits_s) < 20 or time.monotonic() < until:
                         began = time.monotonic()
-                        await append_to(tasks_store, f"stranger {count}", uuid4())
-                        longest_s = max(longest_s, time.monotonic() - began)
-                        count += 1
-                    assert ledger.count("acknowledged") == count, "the stream was not locked"
+                        await append_to(tasks_store, f"stranger {len(waits_s)}", uuid4())
+                        waits_s.append(time.monotonic() - began)
+                    assert ledger.count("acknowledged") == len(waits_s), "the stream was not locked"
                     holder.rollback()
-        return longest_s
+        return waits_s
 
-    assert asyncio.run(strangers_wait_s()) < 1.5
+    check_that_strangers_went_on(asyncio.run(strangers_wait_s()))
     ledger.check(database)
 
 
 def test_fifty_callers_and_a_slow_one_share_a_pool_of_two(database: str) -> None:
     ledger, held = Ledger(), uuid4()
-    waits_s: list[float] = []
-
-    def call(store: EventStore, n: int) -> None:
-        began = time.monotonic()
-        append(store, ledger, f"{n}")
-        waits_s.append(time.monotonic() - began)
-
-    with EventStore(database, pool_size=2, timeout=1.0) as store:
+    with EventStore(database, pool_size=2) as store:
         store.create_schema()
+        with locked_stream(database, held) as holder:
+            with Threads(lambda: append(store, ledger, "slow", held)):
+                wait_until(lambda: waiting_for_locks(database), what="the slow one waits for its stream")
+                with Threads(*(lambda n=n: append(store, ledger, f"{n}") for n in range(50))):
+                    pass
+                assert ledger.count("acknowledged") == 50, "the slow one was not slow"
+                holder.rollback()
+    ledger.check(database)
+
+
+def test_nobody_waits_longer_than_the_store_is_patient(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither for a stream nor for a connection; the error says what was wanting."""
+    ledger, held = Ledger(), uuid4()
+    with EventStore(database, pool_size=2) as store:
+        store.create_schema()
+        append(store, ledger, "before")
+        monkeypatch.setattr(store, "_timeout", 0.5)
+        monkeypatch.setattr(store._appender, "_timeout_s", 0.5)
         with locked_stream(database, held):
             began = time.monotonic()
-
-            def slow() -> None:
-                with pytest.raises(psycopg.errors.LockNotAvailable):
-                    append(store, ledger, "slow", held)
-
-            with Threads(slow):
-                with Threads(*(lambda n=n: call(store, n) for n in range(50))):
-                    pass
-            assert 1.0 < time.monotonic() - began < 5.0
-        assert len(waits_s) == 50
-        assert max(waits_s) < 1.0
-        # All connections taken by the application itself: a bounded wait, and an error that says what is wanting.
+            with pytest.raises(psycopg.errors.LockNotAvailable):
+                append(store, ledger, "slow", held)
+            assert 0.5 < time.monotonic() - began < 15.0  # and not the 30 s of a store that was told nothing
+        # All connections taken by the application itself.
         with store.pool.connection(), store.pool.connection():
             began = time.monotonic()
             with pytest.raises(PoolTimeout):
                 append(store, ledger, "no connection")
-            assert time.monotonic() - began < 4.0
+            assert time.monotonic() - began < 15.0
         append(store, ledger, "at last")
     ledger.check(database)
 
@@ -289,9 +303,18 @@ def test_a_statement_timeout_takes_no_version_and_frees_the_readers(
             "CASE WHEN NEW.event_name = 'slow' THEN 20 ELSE 0 END); RETURN NEW; END $$;"
             "CREATE TRIGGER wait BEFORE INSERT ON hindsight.events FOR EACH ROW EXECUTE FUNCTION wait()",
         )
-    impatient = psycopg.conninfo.make_conninfo(database, options="-c statement_timeout=60ms")
     slow = [StreamWrite(stream, [NewEvent("slow", event("slow").data)], ANY)]
-    with EventStore(impatient) as hurried, psycopg.connect(impatient, autocommit=True) as lent:
+    with (
+        EventStore(database, pool_size=1) as hurried,
+        psycopg.connect(database, autocommit=True) as lent,
+    ):
+        # Only once they are open and have appended: whatever else is cancelled would be an error of its own.
+        append(hurried, ledger, "opened")
+        append(hurried, ledger, "opened, too", connection=lent)
+        with hurried.pool.connection() as its_own:
+            its_own.execute("SET statement_timeout = '60ms'")
+        lent.execute("SET statement_timeout = '60ms'")
+        follower.look()
         with locked_stream(database, stream) as holder:
             if where == "in the insert":
                 holder.rollback()
@@ -303,7 +326,7 @@ def test_a_statement_timeout_takes_no_version_and_frees_the_readers(
                     assert watcher.execute(REGISTERED).fetchone() == (0,)
                 append(store, ledger, f"after {n}")
                 assert follower.look() == 1
-                assert time.monotonic() - cancelled < 1.0
+                assert time.monotonic() - cancelled < 15.0  # and not the 20 s of the insert
     assert append(store, ledger, "first", stream).stream_versions == {stream: 0}
     follower.look()
     follower.check(ledger.check(database))
@@ -345,6 +368,9 @@ def test_a_sequence_with_a_cache_is_refused_by_name_and_mends(database: str, sto
     ledger, follower = Ledger(), Follower(store)
     append(store, ledger, "before")
     execute(database, "ALTER SEQUENCE hindsight.transaction_no CACHE 20")
+    # Two connections at least, which take turns: one that draws alone hoards numbers and harms nobody.
+    with store.pool.connection(), store.pool.connection():
+        pass
     refusals: list[SchemaError] = []
 
     def write(name: str) -> None:

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from statistics import median
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -96,13 +97,14 @@ def test_an_unrelated_writer_idle_in_its_transaction_holds_nobody_up(
     with psycopg.connect(elsewhere) as idle:
         idle.execute(statement.encode())
         follower.look()
-        longest_s = 0.0
+        looks_s = []
         for n in range(20):
             append(store, ledger, f"{n}")
             began = time.monotonic()
             assert follower.look() == 1
-            longest_s = max(longest_s, time.monotonic() - began)
-        assert longest_s < 1.0
+            looks_s.append(time.monotonic() - began)
+        # The median: a pause of the machine strikes one of them. Who waits for the idle one waits to the end.
+        assert median(looks_s) < 1.0
         # The control: below the oldest transaction under way, which is where a barrier of transaction ids would stand.
         with psycopg.connect(database) as control:
             row = control.execute(
@@ -128,8 +130,8 @@ def test_a_prepared_transaction_holds_readers_until_its_fate_is_known(
         lent.execute(sql.SQL("PREPARE TRANSACTION {}").format(name))
     count = 0
     try:
-        until = time.monotonic() + (10.0 if SOAK_MINUTES else 0.3)
-        while time.monotonic() < until:
+        until = time.monotonic() + (10.0 if SOAK_MINUTES else 0.0)
+        while count < 50 or time.monotonic() < until:
             append(store, ledger, f"{count}")
             count += 1
             assert follower.look() == 0, "the prepared append was overtaken"
@@ -138,7 +140,6 @@ def test_a_prepared_transaction_holds_readers_until_its_fate_is_known(
             admin.execute(sql.SQL("{} {}").format(sql.SQL(end), name))
     committed = end == "COMMIT PREPARED"
     ledger.take(acknowledged("prepared", result) if committed else failed("prepared", RolledBack()))
-    assert count > 10
     assert follower.look() == count + committed
     follower.check(ledger.check(database))
 
@@ -171,7 +172,8 @@ def test_streams_and_the_log_agree_on_who_came_first_however_old_a_transaction_i
 def test_opposite_orders_of_streams_never_deadlock(database: str, group_commit: bool) -> None:
     """Not even one that a retry would hide: the server counts them."""
     ledger, streams = Ledger(), streams_of(8)
-    rounds = 500 if group_commit else 150
+    # Unsorted, a hundred rounds meet dozens.
+    rounds = 500 if SOAK_MINUTES else 150
     notice_deadlocks_soon(database)
     with EventStore(database, group_commit=group_commit) as store:
         store.create_schema()
@@ -277,6 +279,7 @@ def test_only_who_appends_twice_in_one_transaction_may_meet_a_deadlock(database:
     ledger, streams = Ledger(), streams_of(4)
     rounds, twice_done = 20, 0
     met: list[str] = []
+    have_one_each = threading.Barrier(2)
 
     def twice(name: str, order: Sequence[UUID]) -> None:
         nonlocal twice_done
@@ -288,7 +291,11 @@ def test_only_who_appends_twice_in_one_transaction_may_meet_a_deadlock(database:
                 for key, each in zip(keys, writes, strict=True):
                     ledger.take(begun(key, each))
                 try:
-                    results = [store.transact(each, connection=lent) for each in writes]
+                    results = [store.transact(writes[0], connection=lent)]
+                    if n == 0:
+                        # This once they are sure to meet; later it is as it comes.
+                        have_one_each.wait(20)
+                    results.append(store.transact(writes[1], connection=lent))
                     lent.commit()
                 except psycopg.errors.DeadlockDetected as deadlock:
                     lent.rollback()
