@@ -165,9 +165,9 @@ FOUND_LAYOUT: Final = "SELECT m.layout FROM {schema}.store_meta AS m"
 # What a writer compares before its first append; the append itself compares once more, at its end.
 STORE_META: Final = """
     SELECT m.layout, m.oldest_writing_layout, m.generation, m.state,
-        i.system_identifier = m.system_identifier AND i.timeline = m.timeline,
+        {schema}.same_server_v1(),
         coalesce((SELECT max(e.transaction_no) FROM {schema}.events AS e) >= {schema}.next_number_v1(), false)
-    FROM {schema}.store_meta AS m, {schema}.server_identity_v1() AS i
+    FROM {schema}.store_meta AS m
 """
 
 ADVANCE_SEQUENCE: Final = "SELECT {schema}.advance_sequence_v1()"
