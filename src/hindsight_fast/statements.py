@@ -127,8 +127,9 @@ END_STALLED: Final = """
     FROM {schema}.end_stalled_v1(make_interval(secs => %s::float8)) AS s
 """
 
-# Who holds the bound down: each append that is open, by the lowest number that it may have drawn. A prepared transaction
-# has no process any more, but a name. Of other users' sessions an ordinary role is told the pid, and not what they do.
+# Who holds the bound down: each append that is open, by the lowest number that it may have drawn. A prepared
+# transaction has no process any more, but a name. Of other users' sessions an ordinary role is told the pid, and not
+# what they do. One look at the locks: what they say of each other belongs together.
 OPEN_APPENDS: Final = """
     WITH held AS MATERIALIZED (SELECT k.* FROM pg_locks AS k WHERE k.granted)
     SELECT ((l.classid::bigint << 32) | l.objid::bigint) & 281474976710655, l.pid, p.gid, a.application_name, a.state,
