@@ -221,3 +221,24 @@ def test_many_tasks_that_are_cancelled_or_late_or_cut_off_anywhere(
     assert ledger.errors().keys() <= {"CancelledError", "ConcurrencyConflict"}, ledger.messages()
     assert ledger.count("acknowledged") > 40
     ledger.check(database)
+
+
+def test_a_store_that_was_busy_in_one_loop_is_as_good_as_new_in_the_next(database: str, store: EventStore) -> None:
+    ledger, held, tasks_store = Ledger(), uuid4(), AsyncEventStore(database, pool_size=2)
+
+    async def wait_for_a_locked_stream(name: str) -> None:
+        async with tasks_store:
+            with locked_stream(database, held) as holder:
+                waiting = [
+                    asyncio.create_task(carry_out(tasks_store, ledger, f"{name}/{n}", StreamWrite(held, [write], ANY)))
+                    for n, write in enumerate(event(f"{name}/{m}") for m in range(4))
+                ]
+                # One of the two connections is for those who wait patiently: three tasks queue for it.
+                await until(lambda: bool(tasks_store._appender._patient._waiters))
+                holder.rollback()
+            await asyncio.gather(*waiting)
+
+    for name in ("first", "second"):
+        run(lambda name=name: wait_for_a_locked_stream(name))  # type: ignore[misc]
+    assert not ledger.errors()
+    ledger.check(database)
