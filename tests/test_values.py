@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from psycopg.conninfo import conninfo_to_dict
 
 import hindsight_fast
 from hindsight_fast import (
@@ -130,6 +131,15 @@ def test_a_connection_speaks_utf8_whatever_was_asked_and_keeps_the_callers_name(
     assert "client_encoding=UTF8" in settings
     assert "application_name=mine" in settings
     assert "application_name=hindsight_fast" in connection_conninfo("host=h")
+
+
+def test_a_vanished_host_is_noticed_within_a_minute_unless_the_caller_says_otherwise() -> None:
+    settings = conninfo_to_dict(connection_conninfo("host=h"))
+    idle_s, interval_s, count = (int(settings[f"keepalives_{each}"]) for each in ("idle", "interval", "count"))
+    assert idle_s + interval_s * count < 60  # while nothing is under way
+    assert 0 < int(settings["tcp_user_timeout"]) < 60_000  # while sent data waits to be acknowledged
+    theirs = conninfo_to_dict(connection_conninfo("postgresql://h/?tcp_user_timeout=7000&keepalives_idle=3"))
+    assert (theirs["tcp_user_timeout"], theirs["keepalives_idle"]) == ("7000", "3")
 
 
 class LatinConnection:

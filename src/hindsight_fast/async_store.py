@@ -76,14 +76,8 @@ class AsyncEventStore(StoreBase):
         self._given_pool = pool
         self._pool = pool
         self._loop: asyncio.AbstractEventLoop | None = None  # the one that the store was opened in
-        self._appender = AsyncAppender(
-            self._connection,
-            self._generation,
-            AppendCall(self._statements),
-            timeout_s=timeout,
-            group_commit=group_commit,
-            most_connections=self._most_connections,
-        )
+        self._group_commit = group_commit
+        self._appender = self._new_appender()
 
     @property
     def pool(self) -> AsyncConnectionPool[Any]:
@@ -116,9 +110,9 @@ class AsyncEventStore(StoreBase):
                     name="hindsight_fast",
                 )
             await self._pool.open()
-            self._loop, self._open = asyncio.get_running_loop(), True
+            self._belong_to_loop()
             return self
-        self._loop, self._open = asyncio.get_running_loop(), True
+        self._belong_to_loop()
         try:
             async with self._connection() as connection:
                 await self._talk(connection, self._checking_store(connection.info))
@@ -466,6 +460,24 @@ class AsyncEventStore(StoreBase):
                 return await self._talk(connection, self._asking(connection.info, request))
         except Exception:  # noqa: BLE001 - the same statement asked in the ordinary way tells what is wrong
             return None
+
+    def _belong_to_loop(self) -> None:
+        """Be open, in the running loop."""
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            # What waits in the former one belongs to it: a semaphore that was waited for there raised here.
+            self._appender = self._new_appender()
+        self._loop, self._open = loop, True
+
+    def _new_appender(self) -> AsyncAppender:
+        return AsyncAppender(
+            self._connection,
+            self._generation,
+            AppendCall(self._statements),
+            timeout_s=self._timeout,
+            group_commit=self._group_commit,
+            most_connections=self._most_connections,
+        )
 
     def _check_loop(self) -> None:
         if asyncio.get_running_loop() is not self._loop:

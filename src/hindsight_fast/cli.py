@@ -27,7 +27,7 @@ from .cli_read import export, read
 from .cli_schema import schema
 from .demo import run_demo
 from .schema import LAYOUT, schema_sql
-from .status import StoreStatus, read_status
+from .status import OpenAppend, StoreStatus, read_status
 
 EXIT_CODES: Final = """
 \b
@@ -139,6 +139,7 @@ def _status_text(found: StoreStatus, place: str) -> str:
         f"schema   {found.schema}, layout {found.layout}, {found.state}, generation {found.generation}",
         f"head     {'none: the store is empty' if found.head is None else found.head}",
         f"bound    {found.bound} (transactions from here on may still be open)",
+        *map(_open_append, found.open_appends),
         f"events   {_estimate(found.estimated_events)}",
         f"streams  {_estimate(found.estimated_streams)}",
     ]
@@ -150,6 +151,15 @@ def _status_text(found: StoreStatus, place: str) -> str:
             f"{each.bytes / 1e6:,.1f} MB, last moved {each.updated_at.isoformat(' ', 'seconds')}"
         )
     return "\n".join(lines)
+
+
+def _open_append(found: OpenAppend) -> str:
+    who = f"process {found.pid}" if found.prepared_as is None else f"prepared as {found.prepared_as!r}"
+    if found.application_name:
+        who += f" ({found.application_name})"
+    since = "" if found.open_s is None else f", open for {found.open_s:,.1f} s"
+    state = "" if found.state is None else f", {found.state}"
+    return f"append   {who}{state}{since}: readers wait at {found.transaction_no}"
 
 
 def _estimate(rows: int | None) -> str:

@@ -13,8 +13,15 @@ from .errors import HindsightError
 # What libpq itself takes from the environment; any of them set means that somebody named a server.
 LIBPQ_VARIABLES = ("PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGUSER", "PGSERVICE", "PGSERVICEFILE")
 
-# A host that is gone without a word ends its connection within a minute, not after the system's two hours.
-KEEPALIVES: dict[str, Any] = {"keepalives_idle": 15, "keepalives_interval": 10, "keepalives_count": 4}
+# A host that is gone without a word ends its connection within a minute, not after the system's two hours. Keepalives
+# are silent while sent data waits to be acknowledged; for that the system takes 15 minutes, without tcp_user_timeout
+# (milliseconds; libpq passes it over on Unix sockets, and on systems that do not have it).
+KEEPALIVES: dict[str, Any] = {
+    "keepalives_idle": 15,
+    "keepalives_interval": 10,
+    "keepalives_count": 4,
+    "tcp_user_timeout": 55_000,
+}
 
 RECONNECT_S = 1.0
 """After how long a pool gives an attempt to connect up; if somebody still waits it then begins another. Of itself it

@@ -264,7 +264,6 @@ LANGUAGE plpgsql VOLATILE AS $body$
 DECLARE
     import hindsight.initial_import%ROWTYPE;
     meta hindsight.store_meta%ROWTYPE;
-    here record;
     obstacles text;
     number bigint;
     renamings text[];
@@ -301,11 +300,10 @@ BEGIN
         RAISE EXCEPTION 'all is loaded, but this hinders the exchange of the tables: %', obstacles
             USING ERRCODE = 'HS013', HINT = 'Drop it, run the import again, then make it again.';
     END IF;
-    SELECT * INTO here FROM hindsight.server_identity_v1();
     -- Registered as every append is: readers take no bound beyond this number before all is visible. (These locks hold
     -- them up besides: none can look at the events, or at the sequence, between the two.)
     number := hindsight.draw_number_v1();
-    IF number >= import.first_number OR here.system_identifier <> meta.system_identifier OR here.timeline <> meta.timeline THEN
+    IF number >= import.first_number OR NOT hindsight.same_server_v1() THEN
         RAISE EXCEPTION 'the store was moved to another server, or its sequence moved on, while the initial import % ran', quote_literal(wanted_id)
             USING ERRCODE = 'HS013', HINT = 'Abandon the import and begin anew.';
     END IF;

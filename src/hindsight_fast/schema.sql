@@ -29,8 +29,9 @@ CREATE TABLE IF NOT EXISTS hindsight.store_meta (
     oldest_writing_layout   integer NOT NULL,           -- code that knows only layouts below this one may not write
     lock_namespace          integer NOT NULL CHECK (lock_namespace BETWEEN 1 AND 32767),
     generation              bigint  NOT NULL DEFAULT 0, -- raised by whatever every open store has to notice
-    system_identifier       bigint  NOT NULL,           -- of the cluster whose sequence drew the last numbers
-    timeline                integer NOT NULL,           -- and its timeline: both change when a copy takes over
+    system_identifier       bigint,                     -- of the cluster whose sequence drew the last numbers
+    timeline                integer,                    -- and its timeline: both change when a copy takes over
+    server_started_at       timestamptz NOT NULL,       -- what is compared where either may not be asked for
     state                   text    NOT NULL DEFAULT 'open', -- anything else refuses appends, and says why
     created_at              timestamptz NOT NULL DEFAULT clock_timestamp()
 );
@@ -144,23 +145,46 @@ SELECT CASE WHEN pg_sequence_last_value('hindsight.transaction_no'::regclass) IS
             THEN nextval('hindsight.transaction_no'::regclass) END AS drawn;
 
 
--- Which server this is: what changes when a standby is promoted or a dump is restored elsewhere.
-CREATE OR REPLACE FUNCTION hindsight.server_identity_v1(OUT system_identifier bigint, OUT timeline integer)
+-- Which server this is: what changes when a standby is promoted or a dump is restored elsewhere. Some clouds refuse a
+-- role the control file or the WAL's functions, or have none: what cannot be had is NULL. When the postmaster was started
+-- can always be asked for.
+CREATE OR REPLACE FUNCTION hindsight.server_identity_v1(
+    OUT system_identifier bigint, OUT timeline integer, OUT started_at timestamptz
+)
 LANGUAGE plpgsql STABLE AS $body$
 BEGIN
     IF pg_is_in_recovery() THEN
         RAISE EXCEPTION 'a standby takes no appends, and does not show the locks of its primary that readers need'
             USING ERRCODE = 'HS005', HINT = 'Connect to the primary.';
     END IF;
-    SELECT c.system_identifier INTO system_identifier FROM pg_control_system() AS c;
-    -- The timeline being written now. The control file's own lags until the checkpoint after a promotion.
-    timeline := ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::integer;
+    started_at := pg_postmaster_start_time();
+    BEGIN
+        SELECT c.system_identifier INTO system_identifier FROM pg_control_system() AS c;
+        -- The timeline being written now. The control file's own lags until the checkpoint after a promotion.
+        timeline := ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::integer;
+    EXCEPTION WHEN insufficient_privilege OR feature_not_supported OR undefined_function THEN
+        system_identifier := NULL;
+        timeline := NULL;
+    END;
 END
 $body$;
 
-INSERT INTO hindsight.store_meta (layout, oldest_writing_layout, lock_namespace, system_identifier, timeline)
-SELECT 1, 1, 1 + floor(random() * 32767)::integer, i.system_identifier, i.timeline FROM hindsight.server_identity_v1() AS i
+INSERT INTO hindsight.store_meta (layout, oldest_writing_layout, lock_namespace, system_identifier, timeline, server_started_at)
+SELECT 1, 1, 1 + floor(random() * 32767)::integer, i.system_identifier, i.timeline, i.started_at
+FROM hindsight.server_identity_v1() AS i
 ON CONFLICT DO NOTHING;
+
+
+-- Whether the server that drew the last numbers is this one. Where one side has no timeline, because whoever wrote or
+-- asks could not have it, the start of the postmaster decides: a restart is then taken for another server, which costs a
+-- gap in the numbers and no event.
+CREATE OR REPLACE FUNCTION hindsight.same_server_v1() RETURNS boolean
+LANGUAGE sql STABLE AS $body$
+    SELECT coalesce(
+        m.system_identifier = i.system_identifier AND m.timeline = i.timeline, m.server_started_at = i.started_at
+    )
+    FROM hindsight.store_meta AS m, hindsight.server_identity_v1() AS i
+$body$;
 
 
 -- One more than the last number drawn: every number drawn from now on is at least this.
@@ -261,12 +285,23 @@ LANGUAGE plpgsql VOLATILE AS $body$
 DECLARE
     meta record;
 BEGIN
-    -- One statement for all: this runs in every append.
-    SELECT m.state, m.oldest_writing_layout, m.generation,
-        m.system_identifier = (pg_control_system()).system_identifier
-            -- The timeline being written now. The control file's own lags until the checkpoint after a promotion.
-            AND m.timeline = ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::integer AS same_server
-    INTO STRICT meta FROM hindsight.store_meta AS m;
+    -- What same_server_v1 compares, without its subtransaction. In a branch of its own: whether a role may call a function
+    -- is checked where a statement begins, also for a call that it does not come to.
+    IF has_function_privilege('pg_control_system()'::regprocedure, 'EXECUTE')
+        AND has_function_privilege('pg_walfile_name(pg_lsn)'::regprocedure, 'EXECUTE')
+        AND has_function_privilege('pg_current_wal_insert_lsn()'::regprocedure, 'EXECUTE')
+    THEN
+        -- One statement for all: this runs in every append.
+        SELECT m.state, m.oldest_writing_layout, m.generation,
+            CASE WHEN m.timeline IS NULL THEN m.server_started_at = pg_postmaster_start_time()
+                ELSE m.system_identifier = (pg_control_system()).system_identifier
+                    AND m.timeline = ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::integer
+            END AS same_server
+        INTO STRICT meta FROM hindsight.store_meta AS m;
+    ELSE
+        SELECT m.state, m.oldest_writing_layout, m.generation, m.server_started_at = pg_postmaster_start_time() AS same_server
+        INTO STRICT meta FROM hindsight.store_meta AS m;
+    END IF;
     IF meta.state <> 'open' THEN
         RAISE EXCEPTION 'the store accepts no appends: %', meta.state USING ERRCODE = 'HS011';
     END IF;
@@ -440,10 +475,11 @@ BEGIN
     SELECT * INTO here FROM hindsight.server_identity_v1();
     last_number := coalesce(pg_sequence_last_value('hindsight.transaction_no'::regclass), -1);
     last_event := coalesce((SELECT max(e.transaction_no) FROM hindsight.events AS e), 0);
-    IF last_number >= last_event AND here.system_identifier = meta.system_identifier AND here.timeline = meta.timeline THEN
+    IF last_number >= last_event AND hindsight.same_server_v1() THEN
         RETURN NULL;
     END IF;
-    UPDATE hindsight.store_meta SET system_identifier = here.system_identifier, timeline = here.timeline;
+    UPDATE hindsight.store_meta
+    SET system_identifier = here.system_identifier, timeline = here.timeline, server_started_at = here.started_at;
     -- 2^32: more than could have been drawn by a server that this one knows nothing of.
     RETURN setval('hindsight.transaction_no'::regclass, greatest(last_number, last_event) + 4294967296);
 END

@@ -127,6 +127,24 @@ END_STALLED: Final = """
     FROM {schema}.end_stalled_v1(make_interval(secs => %s::float8)) AS s
 """
 
+# Who holds the bound down: each append that is open, by the lowest number that it may have drawn. A prepared
+# transaction has no process any more, but a name. Of other users' sessions an ordinary role is told the pid, and not
+# what they do. One look at the locks: what they say of each other belongs together.
+OPEN_APPENDS: Final = """
+    WITH held AS MATERIALIZED (SELECT k.* FROM pg_locks AS k WHERE k.granted)
+    SELECT ((l.classid::bigint << 32) | l.objid::bigint) & 281474976710655, l.pid, p.gid, a.application_name, a.state,
+        a.wait_event, extract(epoch FROM clock_timestamp() - coalesce(a.xact_start, p.prepared))::float8
+    FROM held AS l
+    LEFT JOIN pg_stat_activity AS a ON a.pid = l.pid
+    LEFT JOIN held AS x ON l.pid IS NULL AND x.pid IS NULL AND x.virtualtransaction = l.virtualtransaction
+        AND x.locktype = 'transactionid' AND x.mode = 'ExclusiveLock'
+    LEFT JOIN pg_prepared_xacts AS p ON p.transaction = x.transactionid
+    WHERE l.locktype = 'advisory' AND l.mode = 'ShareLock' AND l.objsubid = 1
+      AND l.classid::bigint >> 16 = (SELECT m.lock_namespace FROM {schema}.store_meta AS m)
+      AND l.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database())
+    ORDER BY 1, l.pid
+"""
+
 HEAD: Final = """
     SELECT e.transaction_no, e.sequence_no FROM {schema}.events AS e
     WHERE e.transaction_no < %s::bigint AND {schema}.bound_holds_v1(%s::text)
@@ -148,9 +166,9 @@ FOUND_LAYOUT: Final = "SELECT m.layout FROM {schema}.store_meta AS m"
 # What a writer compares before its first append; the append itself compares once more, at its end.
 STORE_META: Final = """
     SELECT m.layout, m.oldest_writing_layout, m.generation, m.state,
-        i.system_identifier = m.system_identifier AND i.timeline = m.timeline,
+        {schema}.same_server_v1(),
         coalesce((SELECT max(e.transaction_no) FROM {schema}.events AS e) >= {schema}.next_number_v1(), false)
-    FROM {schema}.store_meta AS m, {schema}.server_identity_v1() AS i
+    FROM {schema}.store_meta AS m
 """
 
 ADVANCE_SEQUENCE: Final = "SELECT {schema}.advance_sequence_v1()"
@@ -364,6 +382,7 @@ class Statements:
         self.stream_range = self._compose(STREAM_RANGE)
         self.read_barrier = self._compose(READ_BARRIER)
         self.end_stalled = self._compose(END_STALLED)
+        self.open_appends = self._compose(OPEN_APPENDS)
         self.head = self._compose(HEAD)
         self.found_layout = self._compose(FOUND_LAYOUT)
         self.store_meta = self._compose(STORE_META)

@@ -37,10 +37,29 @@ class ImportStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class OpenAppend:
+    """An append whose transaction is open: readers wait for it before ``transaction_no``.
+
+    ``pid`` is its server process; None for a prepared transaction, which has a name, ``prepared_as``. ``state``,
+    ``wait_event`` (as in pg_stat_activity) and ``open_s``, how long the transaction has been open, are None where the
+    role is not told of other users' sessions.
+    """
+
+    transaction_no: int
+    pid: int | None
+    prepared_as: str | None
+    application_name: str | None
+    state: str | None
+    wait_event: str | None
+    open_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class StoreStatus:
     """What the store says of itself.
 
-    ``head`` is the last event that every reader may see; transactions from ``bound`` on may still be open.
+    ``head`` is the last event that every reader may see; transactions from ``bound`` on may still be open, and those
+    that are stand in ``open_appends``, the one that holds readers up first.
     """
 
     server_version: str
@@ -52,6 +71,7 @@ class StoreStatus:
     bound: int
     tables: tuple[TableStatus, ...]
     imports: tuple[ImportStatus, ...]
+    open_appends: tuple[OpenAppend, ...]
 
     @property
     def estimated_events(self) -> int | None:
@@ -94,4 +114,5 @@ def read_status(store: EventStore) -> StoreStatus:
             bound=bound,
             tables=tuple(sorted(tables, key=lambda table: table.name)),
             imports=tuple(ImportStatus(*row) for row in ask(statements.list_imports)),
+            open_appends=tuple(OpenAppend(*row) for row in ask(statements.open_appends)),
         )
