@@ -32,8 +32,8 @@ from seed_statements import SeedStore
 STREAMS = min(EVENTS, 100_000)
 APPENDS = min(EVENTS, 20_000)
 """Of many callers; one caller makes a tenth of them."""
-RIVAL_APPENDS = max(APPENDS // 10, 64)
-"""Of many callers of a rival; one caller makes half of them. Enough for two or three seconds."""
+RIVAL_APPENDS, RIVAL_APPENDS_HOT = max(APPENDS // 10, 64), max(APPENDS // 100, 64)
+"""Of many callers of a rival, and on one stream; one caller makes half of the former."""
 PAYLOAD = {
     "order": 4711, "customer": "06c65999-798a-47d3-a095-6715e646e123", "total": "129.90", "channel": "app",
     "lines": [[1, 2], [3, 4]], "note": "leave it with the neighbours, please",
@@ -171,7 +171,7 @@ def bench_append_hot_stream(benchmark, arena):
     ours = arena.many_callers(64, APPENDS, arena.streams[:1], "AsyncEventStore.append, 64 callers, one stream")
     compare(
         benchmark, ours, arena.insert(16, APPENDS, None),
-        *arena.rivals_of_many_callers(64, RIVAL_APPENDS // 5, arena.streams[:1]),
+        *arena.rivals_of_many_callers(64, RIVAL_APPENDS_HOT, arena.streams[:1]),
         rounds=ROUNDS, unit="appends", checked=CHECKED,
     )  # fmt: skip
     arena.note(benchmark)
