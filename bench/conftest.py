@@ -48,7 +48,7 @@ def _facts(config: pytest.Config) -> dict[str, Any]:
 def _versions() -> dict[str, str]:
     versions = {"Python": platform.python_version(), "psycopg": f"{psycopg.__version__} ({psycopg.pq.__impl__})"}
     versions["libpq"] = "{}.{}".format(*divmod(psycopg.pq.version(), 10_000))
-    for package in ("msgspec", "orjson", "Cython", "pytest-benchmark"):
+    for package in ("msgspec", "orjson", "Cython", "pytest-benchmark", "eventsourcing"):
         try:
             versions[package] = version(package)
         except ImportError:

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from statistics import quantiles
 from typing import Any
 
 ROUNDS = int(os.environ.get("HINDSIGHT_BENCH_ROUNDS") or 5)
@@ -30,7 +31,7 @@ class Contender:
 
     *check* takes what *run* returned, after every turn; *verify* looks at everything, once, before the first turn. Both
     raise AssertionError. *prepare* comes before every turn. *target* is the least ratio that ours should reach to this
-    contender.
+    contender. *run* may put into *latencies* how many seconds each thing took; it finds the list empty.
     """
 
     name: str
@@ -40,12 +41,14 @@ class Contender:
     verify: Callable[[], None] = _nothing
     prepare: Callable[[], None] = _nothing
     target: float | None = None
+    latencies: list[float] = field(default_factory=list)
 
 
 @dataclass
 class _Record:
     contender: Contender
     seconds: list[float] = field(default_factory=list)
+    percentiles: dict[str, list[float]] = field(default_factory=dict)  # "p50", "p99": seconds of each turn
     wrong: str | None = None
 
     def judge(self, check: Callable[[], None]) -> None:
@@ -54,18 +57,29 @@ class _Record:
         except AssertionError as error:
             self.wrong = (str(error) or "the answer is not the expected one").splitlines()[0]
 
+    def forget(self) -> None:
+        self.seconds.clear()
+        self.percentiles.clear()
+
     def run(self) -> Any:
+        self.contender.latencies.clear()
         began = time.perf_counter()
         result = self.contender.run()
         self.seconds.append(time.perf_counter() - began)
         return result
 
+    def end_turn(self, result: Any) -> None:
+        if len(self.contender.latencies) > 1:
+            cuts = quantiles(self.contender.latencies, n=100)
+            self.percentiles.setdefault("p50", []).append(cuts[49])
+            self.percentiles.setdefault("p99", []).append(cuts[98])
+        self.judge(lambda: self.contender.check(result))
+
     def take_turn(self) -> None:
         if self.wrong is None:
             self.contender.prepare()
             gc.collect()
-            result = self.run()
-            self.judge(lambda: self.contender.check(result))
+            self.end_turn(self.run())
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -74,6 +88,7 @@ class _Record:
             "target": self.contender.target,
             "wrong": self.wrong,
             "seconds": [] if self.wrong else self.seconds,
+            "latencies": {} if self.wrong else self.percentiles,
         }
 
 
@@ -98,7 +113,7 @@ def compare(
         record.judge(record.contender.verify)
         if warm_up:
             record.take_turn()
-            record.seconds.clear()
+            record.forget()
     results: list[Any] = []
 
     def before_ours() -> None:
@@ -108,8 +123,7 @@ def compare(
         gc.collect()
 
     def after_ours() -> None:
-        result = results.pop()
-        our_record.judge(lambda: ours.check(result))
+        our_record.end_turn(results.pop())
 
     benchmark.extra_info["comparison"] = {"unit": unit, "checked": checked, "note": note}
     if our_record.wrong is None:

@@ -51,6 +51,26 @@ def check_heads(connection: psycopg.Connection[Any]) -> None:
     assert row == (0,), "heads differ from the last events"
 
 
+def check_versions(
+    connection: psycopg.Connection[Any], table: LiteralString, columns: tuple[str, str], row_count: int
+) -> None:
+    """Raise AssertionError unless *table* has so many rows and each stream's versions are 0, 1, 2, … without a hole.
+
+    *columns* are the names of the stream's id and of the version.
+    """
+    stream_id, version = map(sql.Identifier, columns)
+    row = connection.execute(
+        sql.SQL(
+            "SELECT sum(events)::bigint, count(*) FILTER (WHERE first <> 0 OR last <> events - 1 OR versions <> events)"
+            " FROM (SELECT count(*) AS events, min({0}) AS first, max({0}) AS last, count(DISTINCT {0}) AS versions"
+            " FROM {1} GROUP BY {2}) AS streams"
+        ).format(version, sql.SQL(table), stream_id)
+    ).fetchone()
+    assert row is not None
+    assert row[0] == row_count, f"{row[0]} events are stored instead of {row_count}"
+    assert row[1] == 0, f"the versions of {row[1]} streams are not 0, 1, 2, and so on"
+
+
 def rows_of(path: Path, import_id: str, count: int | None = None) -> Iterator[Row]:
     """Give what the first *count* lines of *path* must have become under *import_id*."""
     ids: dict[str, UUID] = {}

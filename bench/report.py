@@ -129,6 +129,10 @@ def _summary(run: dict[str, Any], facts: dict[str, Any]) -> Iterator[str]:
                 targets.append(_row(name, f"≥ {other['target']}", ratio, met))
             if _middle(ours, other) < 1:
                 lost.append(f"- {name}: {ratio}")
+            for percentile in _shared_percentiles(ours, other):
+                rounds = _latency_ratios(ours, other, percentile)
+                if median(rounds) > 1:
+                    lost.append(f"- {name}: {percentile} of the latency, ours ÷ theirs {_range(rounds)}")
     if targets:
         yield from ("", "## Targets", "", _row("", "target", "ratio: median (least to most)", ""), _row(*["---"] * 4))
         yield from targets
@@ -164,6 +168,23 @@ def _comparison(extra: dict[str, Any]) -> Iterator[str]:
     yield f"Checked: {comparison['checked']}."
     if comparison["note"]:
         yield comparison["note"]
+    yield from _latencies(comparison["contenders"])
+
+
+def _latencies(contenders: list[dict[str, Any]]) -> Iterator[str]:
+    """What one caller waits; nothing if nobody measured it."""
+    timed = [each for each in contenders if each.get("latencies")]
+    if not timed:
+        return
+    ours = contenders[0]
+    yield from ("", "Latency, in milliseconds: what a caller waits for one of them. Below 1, ours waits less.", "")
+    yield _row("", "p50", "p99", "p50: ours ÷ this", "p99: ours ÷ this")
+    yield _row("---", "---:", "---:", "---:", "---:")
+    for contender in timed:
+        milliseconds = [[1e3 * each for each in contender["latencies"][name]] for name in ("p50", "p99")]
+        shared = _shared_percentiles(ours, contender) if contender is not ours else ()
+        ratios_of_both = [_range(_latency_ratios(ours, contender, name)) for name in shared]
+        yield _row(contender["name"], *map(_range, milliseconds), *(ratios_of_both or ["", ""]))
 
 
 def _figures(figures: dict[str, Any]) -> Iterator[str]:
@@ -182,8 +203,19 @@ def _middle(ours: dict[str, Any], other: dict[str, Any]) -> float:
 
 
 def _ratio(ours: dict[str, Any], other: dict[str, Any]) -> str:
-    rounds = _rounds(ours, other)
-    return f"{median(rounds):.2f} ({min(rounds):.2f} to {max(rounds):.2f})"
+    return _range(_rounds(ours, other))
+
+
+def _shared_percentiles(ours: dict[str, Any], other: dict[str, Any]) -> Sequence[str]:
+    return ("p50", "p99") if ours.get("latencies") and other.get("latencies") else ()
+
+
+def _latency_ratios(ours: dict[str, Any], other: dict[str, Any], percentile: str) -> list[float]:
+    return [a / b for a, b in zip(ours["latencies"][percentile], other["latencies"][percentile], strict=True)]
+
+
+def _range(figures: Sequence[float]) -> str:
+    return f"{median(figures):.2f} ({min(figures):.2f} to {max(figures):.2f})"
 
 
 def _spread(seconds: list[float]) -> str:

@@ -200,3 +200,52 @@ def test_ours_when_wrong_gets_no_number_and_fails(comparison, answers):
     assert benchmark.has_error  # so pytest-benchmark leaves it out of its file
     assert "no number" in lines[0]
     assert lines[1].endswith("|  |")  # no ratio to what has no number
+
+
+# --- What a caller waits ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def latency_report(bench_module):
+    """A function that reports on contenders whose every turn notes these latencies, in seconds, the first one ours."""
+    contenders, report = bench_module("contenders"), bench_module("report")
+
+    def compare(*latencies):
+        rivals = []
+        for number, turns in enumerate(map(iter, latencies)):
+            noted: list[float] = []
+            rivals.append(
+                contenders.Contender(
+                    f"contender {number}",
+                    lambda noted=noted, turns=turns: noted.extend(next(turns)),
+                    10,
+                    latencies=noted,
+                )
+            )
+        benchmark = StandInBenchmark()
+        contenders.compare(benchmark, *rivals, rounds=2, unit="events", checked="nothing")
+        run = {"benchmarks": [{"fullname": "bench/bench_x.py::bench_x", "extra_info": benchmark.extra_info}]}
+        return report.report_of(run, "./dev bench")
+
+    return compare
+
+
+def test_latencies_are_compared_turn_by_turn_without_the_warm_up(latency_report):
+    text = latency_report([[9.0] * 50, [0.002] * 50, [0.004] * 50], [[9.0] * 50, [0.004] * 50, [0.004] * 50])
+    assert "| contender 0 | 3.00 (2.00 to 4.00) | 3.00 (2.00 to 4.00) |  |  |" in text
+    assert (
+        "| contender 1 | 4.00 (4.00 to 4.00) | 4.00 (4.00 to 4.00) | 0.75 (0.50 to 1.00) | 0.75 (0.50 to 1.00) |"
+        in text
+    )
+
+
+def test_a_longer_wait_than_a_rival_s_is_listed_as_lost(latency_report):
+    few_waited = [0.001] * 90 + [0.1] * 10
+    text = latency_report([few_waited] * 3, [[0.001] * 100] * 3)
+    lost = text.partition("## Where we lose")[2].partition("\n## ")[0]
+    assert "p99 of the latency, ours ÷ theirs 100.00" in lost
+    assert "p50" not in lost
+
+
+def test_nobody_timed_one_by_one_means_no_table_of_latencies(latency_report):
+    assert "Latency" not in latency_report([[]] * 3, [[]] * 3)
