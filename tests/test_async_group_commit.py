@@ -28,6 +28,8 @@ class FakeRequest:
         self.events = range(1)
         self.byte_count = 1
         self.look_up = self.in_doubt = False
+        self.sent_over = self.lost_backend = None
+        self.sent_over = self.lost_backend = None
 
 
 def outcome_of(request: Any) -> AppendResult:

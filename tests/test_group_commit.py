@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from hindsight_fast import AppendResult, Cursor, WaitTimeout, group_commit
-from hindsight_fast.group_commit import MOST_BYTES, MOST_EVENTS, SHARED_FROM, GroupCommit, GroupQueue
+from hindsight_fast.group_commit import LEAST_SHARE, MOST_BYTES, MOST_EVENTS, GroupCommit, GroupQueue
 
 SOAK = bool(os.environ.get("HINDSIGHT_SOAK"))
 PATIENCE_S = 20.0
@@ -37,6 +37,7 @@ class FakeRequest:
         self.event_ids = [UUID(int=n) for n in ids]
         self.look_up = bool(ids)
         self.in_doubt = False
+        self.sent_over = self.lost_backend = None
         self.events = range(events)
         self.byte_count = byte_count
 
@@ -58,11 +59,10 @@ class Entry:
         self.leader: Any = None
 
 
-def next_group(waiting: list[Entry], free_lanes: int) -> list[Entry]:
+def next_group(waiting: list[Entry], share: int) -> list[Entry]:
     """Who leaves together, of those who wait: in order, but for those whose ids somebody before them has."""
     group: list[Entry] = []
     ids: set[UUID] = set()
-    share = ceil(len(waiting) / free_lanes) if len(waiting) >= SHARED_FROM else len(waiting)
     for entry in waiting:
         if len(group) == share:
             break
@@ -86,10 +86,13 @@ class QueueMachine(RuleBasedStateMachine):
         self.on_their_way: list[list[Entry]] = []
         self.gone: list[Entry] = []
 
+    def share(self) -> int:
+        return max(LEAST_SHARE, ceil((len(self.waiting) + sum(map(len, self.on_their_way))) / 2))
+
     def leaves(self) -> list[Entry] | None:
         if not self.waiting or len(self.on_their_way) == 2:
             return None
-        group = next_group(self.waiting, 2 - len(self.on_their_way))
+        group = next_group(self.waiting, self.share())
         self.waiting = [entry for entry in self.waiting if entry not in group]
         self.on_their_way.append(group)
         return group
@@ -111,12 +114,13 @@ class QueueMachine(RuleBasedStateMachine):
             assert self.queue.add(entry) == self.leaves()
         assert self.queue.depart() is None
 
-    @rule(count=st.integers(2, 3 * SHARED_FROM), ids=st.lists(st.integers(0, 3), max_size=2))
+    @rule(count=st.integers(2, 4 * LEAST_SHARE), ids=st.lists(st.integers(0, 3), max_size=2))
     def many_come_in_one_turn(self, count: int, ids: list[int]) -> None:
         for n in range(count):
             entry = Entry(FakeRequest(ids if n == count // 2 else [], 1, 1))
             self.waiting.append(entry)
             self.queue.enqueue(entry)
+            assert self.queue.ready == (len(self.on_their_way) < 2 and len(self.waiting) >= self.share())
         while (group := self.queue.depart()) is not None:
             assert group == self.leaves()
         assert self.leaves() is None

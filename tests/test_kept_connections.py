@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import signal
 from collections.abc import Sequence
 from typing import Any
 from uuid import UUID, uuid4
@@ -130,8 +133,9 @@ def test_callers_who_come_back_together_are_shared_out(
         async with AsyncEventStore(database) as store:
             await append(store)
             calls.groups.clear()
-            await asyncio.gather(*(append(store) for _ in range(31)))
-            assert calls.groups == [16, 15]
+            await asyncio.gather(*(append(store) for _ in range(64)))
+            assert max(calls.groups) <= 32, "they left as one group: client and server take turns"
+            assert sum(calls.groups) == 64
 
     run(main)
 
@@ -174,6 +178,38 @@ def test_a_kept_connection_that_the_server_ends_costs_nobody_an_append(
             assert row == (6, 6)
             assert calls.groups == [1] * 6, "an append was tried over a connection that had ended"
             assert len(set(calls.sessions)) == 6
+
+    run(main)
+
+
+@pytest.mark.essential
+def test_a_server_process_that_stands_still_holds_its_group_up_and_nobody_else(
+    store: object, database: str, calls: Calls, kept_for_long: None
+) -> None:
+    streams = [uuid4() for _ in range(3)]
+
+    async def main() -> None:
+        async with AsyncEventStore(database, timeout=1.0) as store:
+            await append(store)
+            stopped = calls.sessions[-1]
+            os.kill(stopped, signal.SIGSTOP)
+            try:
+                held_up = asyncio.gather(*(append(store, SMALL, stream) for stream in streams))
+                await until(lambda: sum(calls.groups) == 4)
+                await append(store)
+                assert not held_up.done()
+                # They give up on it after their timeout, and go on over other connections.
+                await asyncio.wait_for(held_up, 20)
+                os.kill(stopped, signal.SIGCONT)
+                with psycopg.connect(database, autocommit=True) as admin:
+                    # It finds the same events stored, by others, and stores nothing.
+                    query = "SELECT count(*) FROM pg_stat_activity WHERE pid = %s AND state = 'active'"
+                    await until(lambda: admin.execute(query, (stopped,)).fetchone() == (0,))
+                    row = admin.execute("SELECT count(*), count(DISTINCT stream_id) FROM hindsight.events").fetchone()
+                assert row == (5, 5)
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(stopped, signal.SIGCONT)
 
     run(main)
 

@@ -26,7 +26,7 @@ from .append_call import (
 )
 from .append_request import AppendRequest, Outcome
 from .errors import WaitTimeout
-from .group_commit import LANES, GroupQueue
+from .group_commit import LANES, LOOK_ROUND_S, GroupQueue
 from .kept_connections import KeptConnection, KeptConnections
 from .worker_call import until_done
 from .writes import AppendResult
@@ -179,12 +179,13 @@ class AsyncAppender:
 class _Entry:
     """A task's request, and what becomes of it."""
 
-    __slots__ = ("leader", "outcome", "request")
+    __slots__ = ("deadline", "leader", "outcome", "request")
 
-    def __init__(self, request: AppendRequest, outcome: asyncio.Future[Outcome | None]) -> None:
+    def __init__(self, request: AppendRequest, outcome: asyncio.Future[Outcome | None], deadline: float) -> None:
         self.request = request
         self.leader: _Entry | None = None
         self.outcome = outcome
+        self.deadline = deadline
 
 
 class AsyncGroupCommit:
@@ -208,10 +209,11 @@ class AsyncGroupCommit:
         self._queue: GroupQueue[_Entry] = GroupQueue(lanes)
         self._departing = False  # a departure stands in the loop already
         self._tasks: set[asyncio.Task[None]] = set()
+        self._look: asyncio.TimerHandle | None = None
         self._held_back: OrderedDict[asyncio.Future[None], None] = OrderedDict()
 
     async def submit(self, request: AppendRequest, timeout_s: float) -> Outcome | None:
-        """Have *request* carried out with others'. None: it was not, and it is to be tried alone.
+        """Have *request* carried out with others'. None: it was not, or nobody knows, and it is to be tried alone.
 
         Raises WaitTimeout if so many wait that there is no room for it in time. To cancel it takes it out, unless it
         has left: then it may be carried out all the same.
@@ -219,20 +221,27 @@ class AsyncGroupCommit:
         loop = asyncio.get_running_loop()
         if self._queue.full:
             await self._wait_for_room(loop, timeout_s)
-        me = _Entry(request, loop.create_future())
+        me = _Entry(request, loop.create_future(), loop.time() + timeout_s)
         self._queue.enqueue(me)
-        if not self._departing:
+        if self._queue.ready:
+            self._depart()
+        elif not self._departing:
             # Not at once: whoever wants to append in this same turn of the loop leaves together.
             self._departing = True
-            loop.call_soon(self._depart)
+            loop.call_soon(self._depart_at_last)
+        if self._look is None:
+            self._look = loop.call_later(LOOK_ROUND_S, self._look_round)
         try:
             return await me.outcome
         except asyncio.CancelledError:
             self._queue.withdraw(me)
             raise
 
-    def _depart(self) -> None:
+    def _depart_at_last(self) -> None:
         self._departing = False
+        self._depart()
+
+    def _depart(self) -> None:
         while (group := self._queue.depart()) is not None:
             requests = [entry.request for entry in group]
             if self._start is not None and self._start(requests, partial(self._arrive, group)):
@@ -270,6 +279,18 @@ class AsyncGroupCommit:
         if self._queue.led_by(group[0]) is not None:
             # Cancelled before its first step, of which a coroutine learns nothing.
             self._arrive(group, None)
+
+    def _look_round(self) -> None:
+        """Give up groups of which nothing is heard: a server that stands still keeps its lane from all the others."""
+        loop = asyncio.get_running_loop()
+        for leader in self._queue.leaders:
+            group = self._queue.led_by(leader)
+            if group is not None and loop.time() > leader.deadline:
+                for entry in group:
+                    entry.request.look_up = entry.request.in_doubt = True
+                    entry.request.lost_backend = entry.request.sent_over
+                self._arrive(group, None)
+        self._look = loop.call_later(LOOK_ROUND_S, self._look_round) if self._queue.leaders else None
 
     def _wake_one(self) -> None:
         """Let one in of those held back, if there is room: it takes its place, and has the next one woken."""
