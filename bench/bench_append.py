@@ -32,8 +32,8 @@ from seed_statements import SeedStore
 STREAMS = min(EVENTS, 100_000)
 APPENDS = min(EVENTS, 20_000)
 """Of many callers; one caller makes a tenth of them."""
-RIVAL_APPENDS, RIVAL_APPENDS_HOT = max(APPENDS // 10, 64), max(APPENDS // 100, 64)
-"""Of many callers of a rival, and on one stream; one caller makes half of the former."""
+RIVAL_APPENDS, RIVAL_APPENDS_HOT = max(APPENDS // 20, 64), max(APPENDS // 100, 64)
+"""Of a rival, and of a rival on one stream: both rivals together add about two minutes in five rounds."""
 PAYLOAD = {
     "order": 4711, "customer": "06c65999-798a-47d3-a095-6715e646e123", "total": "129.90", "channel": "app",
     "lines": [[1, 2], [3, 4]], "note": "leave it with the neighbours, please",
@@ -150,7 +150,7 @@ def bench_append_one_caller(benchmark, arena):
     with EventStore(arena.conninfo) as store:
         compare(
             benchmark, arena.one_caller(store, count), arena.insert(1, count, TARGET_OF_ONE),
-            *arena.rivals_of_one_caller(RIVAL_APPENDS // 2),
+            *arena.rivals_of_one_caller(RIVAL_APPENDS),
             rounds=ROUNDS, unit="appends", checked=CHECKED,
         )  # fmt: skip
     arena.note(benchmark)
