@@ -2,13 +2,14 @@
 
 pgbench's bare INSERT is one row with the same payload into a table without any index, by as many connections as the
 line says, prepared; every append of ours locks its stream's head, draws a number, and keeps three indexes. The rivals
-are the seed's statements (seed_statements.py) and the package eventsourcing (eventsourcing_store.py). 100,000 streams
-exist, in each of the stores. Latency is what one caller waits for one append.
+are the seed's statements by pgbench (seed_statements.py) and the package eventsourcing (eventsourcing_store.py).
+100,000 streams exist, in each of the stores. Latency is what one caller waits for one append.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import random
 import shutil
 import subprocess
@@ -57,7 +58,8 @@ class Arena:
 
     def __init__(self, server: EmbeddedServer, conninfo: str, folder: Path) -> None:
         self.conninfo = conninfo
-        self.streams = [UUID(int=random.Random(n).getrandbits(128)) for n in range(STREAMS)]
+        # As pgbench can name them too: md5(n).
+        self.streams = [UUID(hashlib.md5(b"%d" % n).hexdigest()) for n in range(1, STREAMS + 1)]
         self._admin = psycopg.connect(conninfo, autocommit=True)
         self._script = folder / "insert.sql"
         payload = NewEvent("order_placed", PAYLOAD).data.decode()
@@ -67,7 +69,7 @@ class Arena:
             lines = (b'{"stream":"%s","type":"begun","data":{}}' % str(each).encode() for each in self.streams)
             store.import_events(lines, import_id="streams")
         self._admin.execute("CREATE TABLE bare (a integer, b integer, payload json)")
-        self.seed = SeedStore(conninfo, self.streams, PAYLOAD)
+        self.seed = SeedStore(conninfo, self.streams, PAYLOAD, _pgbench(), folder)
         self.eventsourcing = EventsourcingStore(conninfo, self.streams, PAYLOAD) if IS_INSTALLED else None
         self._admin.execute("VACUUM (FREEZE, ANALYZE)")
         self._stored = STREAMS
@@ -126,10 +128,10 @@ class Arena:
 
     def rivals_of_one_caller(self, count: int) -> list[Contender]:
         eventsourcing = not_installed() if self.eventsourcing is None else self.eventsourcing.one_caller(count)
-        return [self.seed.one_caller(count), eventsourcing]
+        return [self.seed.append(1, count, len(self.streams)), eventsourcing]
 
     def rivals_of_many_callers(self, callers: int, count: int, streams: list[UUID]) -> list[Contender]:
-        seed = self.seed.many_callers(callers, count, streams)
+        seed = self.seed.append(callers, count, len(streams))
         if self.eventsourcing is None:
             return [seed, not_installed()]
         return [seed, self.eventsourcing.many_callers(callers, count, streams)]

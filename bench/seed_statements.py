@@ -1,42 +1,32 @@
-"""A rival: the statements that the seed, a store written in Haskell, sends for one append, sent by psycopg.
+"""A rival: the statements that the seed, a store written in Haskell, sends for one append, replayed by pgbench.
 
 The same steps in the same order, each a round trip of its own, on tables of the same shape: jsonb, seven indexes on
 the events, deferred foreign keys to a table of transactions, and a trigger there that notifies. SERIALIZABLE, and what
 fails to serialize is done again at once. Nothing of the seed's code is here; this was written from what it does.
 
-Chosen in its favour: a binary protocol, every statement prepared, connections that are open already, and no look at the
-expected version, which the seed does not take either if any version will do.
-
-Against it: this is Python. With many callers in asyncio most of the server's processes wait for the client at any
-moment, and psycopg forgets its prepared statements at every rollback. So the figures of many callers say what these
-statements cost a Python program, not what the server could take of them.
+Chosen in its favour: a client written in C, which draws no ids and encodes nothing, every statement prepared, and no
+look at the expected version, which the seed does not take either if any version will do.
 """
 
 from __future__ import annotations
 
-import asyncio
-import random
-from collections.abc import Generator
-from datetime import UTC, datetime
+import re
+import subprocess
+from pathlib import Path
 from typing import Any, LiteralString
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import orjson
 import psycopg
-from psycopg import IsolationLevel
-from psycopg.errors import SerializationFailure
-from psycopg.types.json import Jsonb
-from psycopg_pool import AsyncConnectionPool
 
 from contenders import Contender
 from rivals import Ledger, Turn, rival
 
-# The seed's own number. 16 were slower: 237 instead of 349 appends a second for 16 callers, 209 and not 407 for 64.
+# The seed's own number: more callers queue for them. With 64 of them the server refuses ("not enough elements in
+# RWConflictPool"): SERIALIZABLE keeps an account of every pair of transactions that touch each other.
 CONNECTIONS = 10
-# The seed tries for ever. One stream under 64 callers takes two attempts an append.
+# The seed tries for ever.
 MOST_ATTEMPTS = 1_000
-
-Step = tuple[LiteralString, tuple[Any, ...]]
 
 TABLES: LiteralString = """
 CREATE SCHEMA seed;
@@ -82,18 +72,22 @@ $$;
 CREATE TRIGGER tell AFTER INSERT ON seed.event_transactions FOR EACH ROW EXECUTE FUNCTION seed.tell();
 """
 
-LOCK_STREAM: LiteralString = "SELECT pg_advisory_xact_lock(2, hashtext(%b::uuid::text))"
-TRANSACTION: LiteralString = "SELECT pg_current_xact_id()::text::bigint"
-INSERT_TRANSACTION: LiteralString = "INSERT INTO seed.event_transactions VALUES (%b::bigint::text::xid8)"
-STREAM_VERSION: LiteralString = "SELECT stream_version FROM seed.stream_heads WHERE stream_id = %b"
-INSERT_EVENT: LiteralString = (
-    "INSERT INTO seed.events VALUES (%b::bigint::text::xid8, 0, %b, %b, NULL, %b, %b, 0, %b, %b::bigint)"
-)
-SET_HEAD: LiteralString = (
-    "INSERT INTO seed.stream_heads VALUES (%b, %b::bigint::text::xid8, 0, %b, %b::bigint) ON CONFLICT (stream_id)"
-    " DO UPDATE SET latest_transaction_xid8 = excluded.latest_transaction_xid8, latest_seq_no = excluded.latest_seq_no,"
-    " last_event_id = excluded.last_event_id, stream_version = excluded.stream_version"
-)
+# Stream number n, from 1, has the id md5(n). What a statement answers becomes a variable, as it does in the seed.
+SCRIPT = """
+\\set n random(1, {stream_count})
+BEGIN ISOLATION LEVEL SERIALIZABLE;
+SELECT pg_advisory_xact_lock(2, hashtext(md5(:n::text)::uuid::text));
+SELECT pg_current_xact_id()::text AS number \\gset
+INSERT INTO seed.event_transactions VALUES (:number::text::xid8);
+SELECT stream_version + 1 AS version FROM seed.stream_heads WHERE stream_id = md5(:n::text)::uuid \\gset
+INSERT INTO seed.events VALUES (:number::text::xid8, 0, gen_random_uuid(), md5(:n::text)::uuid, NULL, now(),
+    'order_placed', 0, '{payload}', :version::bigint) RETURNING event_id \\gset
+INSERT INTO seed.stream_heads VALUES (md5(:n::text)::uuid, :number::text::xid8, 0, :event_id::uuid, :version::bigint)
+    ON CONFLICT (stream_id) DO UPDATE SET latest_transaction_xid8 = excluded.latest_transaction_xid8,
+        latest_seq_no = excluded.latest_seq_no, last_event_id = excluded.last_event_id,
+        stream_version = excluded.stream_version;
+COMMIT;
+"""
 
 # Heads that name another event than the last one of their stream, or none.
 WRONG_HEADS: LiteralString = (
@@ -103,25 +97,17 @@ WRONG_HEADS: LiteralString = (
 )
 
 
-def steps_of_append(stream_id: UUID, payload: Any) -> Generator[Step, tuple[Any, ...], None]:
-    """Give the statements of one append between BEGIN and COMMIT; takes the row that each has answered with."""
-    event_id, now = uuid4(), datetime.now(UTC)
-    yield LOCK_STREAM, (stream_id,)
-    (number,) = yield TRANSACTION, ()
-    yield INSERT_TRANSACTION, (number,)
-    (last_version,) = yield STREAM_VERSION, (stream_id,)
-    version = last_version + 1
-    body = Jsonb(payload, orjson.dumps)
-    yield INSERT_EVENT, (number, event_id, stream_id, now, "order_placed", body, version)
-    yield SET_HEAD, (stream_id, number, event_id, version)
-
-
 class SeedStore:
-    """The seed's tables with *streams* of one event each, and callers who append *payload* to them."""
+    """The seed's tables with *streams* of one event each, and callers who append *payload* to them by *pgbench*.
 
-    def __init__(self, conninfo: str, streams: list[UUID], payload: Any) -> None:
-        self._streams = streams
-        self._payload = payload
+    Stream number n, from 1, must have the id md5(n). Scripts and logs are written to *folder*.
+    """
+
+    def __init__(self, conninfo: str, streams: list[UUID], payload: Any, pgbench: str, folder: Path) -> None:
+        self._conninfo = conninfo
+        self._payload = orjson.dumps(payload).decode()
+        self._pgbench = pgbench
+        self._folder = folder
         self._admin = psycopg.connect(conninfo, autocommit=True)
         with self._admin.transaction():
             self._admin.execute(TABLES)
@@ -129,94 +115,43 @@ class SeedStore:
                 self._admin.execute(statement, (streams,) if "%s" in statement else None)
             self._admin.execute(INDEXES)
         self._ledger = Ledger(self._admin, "seed.events", ("stream_id", "stream_version"), len(streams))
-        self._connection = psycopg.connect(conninfo, prepare_threshold=0)
-        self._connection.isolation_level = IsolationLevel.SERIALIZABLE
-        # One loop for all turns, so that the connections stay open between them.
-        self._runner = asyncio.Runner()
-        self._pool = self._runner.run(_open_pool(conninfo))
 
     def close(self) -> None:
-        self._runner.run(self._pool.close())
-        self._runner.close()
-        self._connection.close()
         self._admin.close()
 
-    def one_caller(self, count: int) -> Contender:
+    def append(self, callers: int, count: int, stream_count: int) -> Contender:
+        """As many connections as *callers* get, which append to the first *stream_count* streams."""
+        connections = min(callers, CONNECTIONS)
+        script, log = self._folder / "seed.sql", self._folder / "seed_log"
+        made = count // connections * connections
+
         def run(turn: Turn) -> None:
-            for _ in range(count):
-                with turn.append(psycopg.Error):
-                    turn.retries += self._append(random.choice(self._streams))
+            script.write_text(SCRIPT.format(stream_count=stream_count, payload=self._payload))
+            for old in self._folder.glob(f"{log.name}.*"):
+                old.unlink()
+            command = [self._pgbench, "-n", "-M", "prepared", "-c", str(connections), "-j", str(min(connections, 2))]
+            command += ["-t", str(count // connections), "-f", str(script), "--max-tries", str(MOST_ATTEMPTS)]
+            command += ["-l", "--log-prefix", str(log), self._conninfo]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                turn.failures.append(done.stderr.strip().rpartition("\n")[0] or "pgbench failed")
+            for failed in re.findall(r"number of failed transactions: (\d+)", done.stdout):
+                turn.failures += ["SerializationFailure"] * int(failed)
+            turn.retries += sum(map(int, re.findall(r"total number of retries: (\d+)", done.stdout)))
+            for part in self._folder.glob(f"{log.name}.*"):
+                lines = (line.split() for line in part.read_text().splitlines())
+                turn.latencies += [int(line[2]) / 1e6 for line in lines if line[2] != "failed"]
 
-        return rival("the seed's statements by psycopg, one caller", count, run, self._check)
-
-    def many_callers(self, callers: int, count: int, streams: list[UUID]) -> Contender:
-        async def call(turn: Turn) -> None:
-            for _ in range(count // callers):
-                with turn.append(psycopg.Error):
-                    turn.retries += await self._append_from_pool(random.choice(streams))
-
-        async def run(turn: Turn) -> None:
-            await asyncio.gather(*[call(turn) for _ in range(callers)])
-
-        name = f"the seed's statements by psycopg, {callers} callers in asyncio, {CONNECTIONS} connections"
-        return rival(name, count // callers * callers, lambda turn: self._runner.run(run(turn)), self._check)
+        return rival(f"the seed's statements by pgbench, {connections} connections", made, run, self._check)
 
     def note(self) -> str:
         """How often transactions had to be done again, in all turns so far."""
-        appends, retries = self._ledger.appends, self._ledger.retries
         return (
-            f"The seed's transactions failed to serialize, and ran again, {retries:,} times in {appends:,} appends. Of "
-            "many callers its server's processes mostly wait for the client, which is Python: these figures are not "
-            "what the server could take."
+            f"The seed's transactions failed to serialize, and ran again, {self._ledger.retries:,} times in "
+            f"{self._ledger.appends:,} appends."
         )
 
     def _check(self, turn: Turn, count: int) -> None:
         self._ledger.check(turn, count)
         row = self._admin.execute(WRONG_HEADS).fetchone()
         assert row == (0,), "heads differ from the last events"
-
-    def _append(self, stream_id: UUID) -> int:
-        """Return how many attempts failed before the one that was committed."""
-        for failed_attempts in range(MOST_ATTEMPTS):
-            steps, row = steps_of_append(stream_id, self._payload), None
-            try:
-                with self._connection.transaction(), self._connection.cursor(binary=True) as cursor:
-                    while step := _next(steps, row):
-                        cursor.execute(*step)
-                        row = cursor.fetchone() if cursor.description else None
-            except SerializationFailure:
-                continue
-            return failed_attempts
-        raise SerializationFailure(f"{MOST_ATTEMPTS} attempts failed")
-
-    async def _append_from_pool(self, stream_id: UUID) -> int:
-        async with self._pool.connection() as connection:
-            for failed_attempts in range(MOST_ATTEMPTS):
-                steps, row = steps_of_append(stream_id, self._payload), None
-                try:
-                    async with connection.transaction(), connection.cursor(binary=True) as cursor:
-                        while step := _next(steps, row):
-                            await cursor.execute(*step)
-                            row = await cursor.fetchone() if cursor.description else None
-                except SerializationFailure:
-                    continue
-                return failed_attempts
-        raise SerializationFailure(f"{MOST_ATTEMPTS} attempts failed")
-
-
-def _next(steps: Generator[Step, Any, None], row: tuple[Any, ...] | None) -> Step | None:
-    try:
-        return steps.send(row)
-    except StopIteration:
-        return None
-
-
-async def _open_pool(conninfo: str) -> AsyncConnectionPool:
-    async def configure(connection: psycopg.AsyncConnection) -> None:
-        await connection.set_isolation_level(IsolationLevel.SERIALIZABLE)
-
-    pool = AsyncConnectionPool(
-        conninfo, min_size=CONNECTIONS, open=False, configure=configure, kwargs={"prepare_threshold": 0}
-    )
-    await pool.open(wait=True)
-    return pool
