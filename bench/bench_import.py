@@ -292,8 +292,9 @@ def bench_import_memory(benchmark, server, demo_data):
         "checked": "the rows stored by each run, as for the imports above; of the largest only their number",
         "note": "The peak resident set (VmHWM) of a process of its own for each run.",
     }
-    smallest, largest = peaks[MEMORY_EVENTS[0]], peaks[MEMORY_EVENTS[-1]]
-    if largest[1] > smallest[1] * 1.5:
+    # Not the smallest: its second or two end before the chunks have come to their size, sometimes.
+    *_, large, largest = (peaks[count] for count in MEMORY_EVENTS)
+    if largest[1] > large[1] * 1.25:
         pytest.fail(f"memory grows with the number of events: {peaks} kB")
 
 
