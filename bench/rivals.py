@@ -1,8 +1,8 @@
 """What rivals in appending have in common: a turn's account, and the check of what is stored after it.
 
-A rival appends one event at a time to streams that exist, as ours does, in a schema of its own on the same server. Its
-connections are open and its statements prepared before the clock runs (ours opens its store within its turn), and it
-does fewer appends a turn than ours, because it would take longer.
+A rival appends one event at a time to streams that exist, as ours does, in a schema of its own on the same server. It
+does fewer appends a turn than ours, because it would take longer. eventsourcing has its connections open before the
+clock runs; pgbench connects within its turn, as ours does.
 """
 
 from __future__ import annotations

@@ -22,8 +22,10 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from async_stores import lines
 from driven_store import DrivenStore
 from hindsight_fast import EventStore
+from hindsight_fast.demo_events import demo_lines
 from hindsight_fast.embedded import EmbeddedServer
 from hindsight_fast.errors import EmbeddedServerError
 from hindsight_fast.installations import Installation, find_installations
@@ -203,6 +205,22 @@ def store(database: str) -> Iterator[EventStore]:
     """An open, empty store in the test's own database."""
     with EventStore(database) as store:
         yield store
+
+
+@pytest.fixture
+def shop(store: EventStore) -> EventStore:
+    """*store* with 600 events of the demo."""
+    store.import_events(demo_lines(600), import_id="shop", chunk_size=50)
+    return store
+
+
+@pytest.fixture
+def filled(database: str) -> str:
+    """*database* with a store of the events that ``async_stores.lines()`` gives."""
+    with EventStore(database) as store:
+        store.create_schema()
+        store.import_events(lines(), import_id="x")
+    return database
 
 
 @pytest.fixture

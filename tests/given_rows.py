@@ -1,5 +1,6 @@
-"""Rows to encode, to place and to look at: what the tests of EventRows share."""
+"""Rows to encode, to place, to decode and to look at: what the tests of the core's rows share."""
 
+from dataclasses import replace
 from datetime import UTC, datetime, tzinfo
 from uuid import UUID
 
@@ -9,9 +10,26 @@ import plain_python
 from compiled_core import event_counts
 from event_strategies import moments, new_events
 from hindsight_fast._core import EventRows
-from plain_python import PlainNewEvent
+from plain_python import PlainEvent, PlainNewEvent
 
 NOW = datetime(2024, 5, 6, 7, 8, 9, 123456, tzinfo=UTC)
+EVENT = PlainEvent(
+    transaction_no=812,
+    sequence_no=3,
+    event_id=UUID(int=1 << 100 | 1),
+    stream_id=UUID(int=2 << 100 | 2),
+    stream_version=44,
+    created_at=datetime(2024, 5, 6, 7, 8, 9, 123456, tzinfo=UTC),
+    event_version=2,
+    correlation_id=UUID(int=3 << 100 | 3),
+    event_name="größe",
+    payload=b'{"a": 1}',
+    metadata=b'{"b": 2}',
+)
+BARE = replace(EVENT, correlation_id=None, metadata=None)
+EMPTY = replace(BARE, payload=b"", metadata=b"")
+ROW, BARE_ROW, EMPTY_ROW = (plain_python.encode_row(event) for event in (EVENT, BARE, EMPTY))
+
 A, B = bytes(15) + b"\1", bytes(15) + b"\2"
 
 

@@ -47,14 +47,6 @@ from hindsight_fast.installations import Installation
 
 
 @pytest.fixture
-def filled(database: str) -> str:
-    with EventStore(database) as store:
-        store.create_schema()
-        store.import_events(lines(), import_id="x")
-    return database
-
-
-@pytest.fixture
 def always_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(read_ahead, "WORTHWHILE", -1.0)
 

@@ -19,15 +19,6 @@ from hindsight_fast import (
     ImportProgress,
 )
 
-
-@pytest.fixture
-def filled(database: str) -> str:
-    with EventStore(database) as store:
-        store.create_schema()
-        store.import_events(lines(), import_id="x")
-    return database
-
-
 # Imports and exports, in a thread
 
 

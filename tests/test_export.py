@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from psycopg import sql
 
 from event_strategies import moments
+from exports import exported
 from hindsight_fast import Cursor, EventStore, ExportProgress, ImportFailed, MalformedRow, stream_uuid
 from hindsight_fast.demo_events import demo_lines
 
@@ -35,24 +36,6 @@ def copy(database: str) -> Iterator[EventStore]:
     with EventStore(database, schema="the copy") as copy:
         copy.create_schema()
         yield copy
-
-
-@pytest.fixture
-def shop(store: EventStore) -> EventStore:
-    """*store* with 600 events of the demo."""
-    store.import_events(demo_lines(600), import_id="shop", chunk_size=50)
-    return store
-
-
-def exported(store: EventStore, **selection: Any) -> bytes:
-    target = io.BytesIO()
-    count = store.export_events(target, **selection)
-    assert target.getvalue().count(b"\n") == count
-    return target.getvalue()
-
-
-def parts_in(folder: Path) -> list[Path]:
-    return list(folder.glob("*.part"))
 
 
 # --- There and back -------------------------------------------------------------------------------------------------

@@ -16,27 +16,9 @@ from typing import Any
 
 import pytest
 
+from exports import exported, parts_in
 from hindsight_fast import EventStore, ExportProgress, SchemaError
 from hindsight_fast.demo_events import demo_lines
-
-
-@pytest.fixture
-def shop(store: EventStore) -> EventStore:
-    """*store* with 600 events of the demo."""
-    store.import_events(demo_lines(600), import_id="shop", chunk_size=50)
-    return store
-
-
-def exported(store: EventStore, **selection: Any) -> bytes:
-    target = io.BytesIO()
-    count = store.export_events(target, **selection)
-    assert target.getvalue().count(b"\n") == count
-    return target.getvalue()
-
-
-def parts_in(folder: Path) -> list[Path]:
-    return list(folder.glob("*.part"))
-
 
 # --- Where to -------------------------------------------------------------------------------------------------------
 

@@ -189,8 +189,8 @@ class _Entry:
 
 
 class AsyncGroupCommit:
-    """Group commit among tasks of one loop. Each group is carried out by a task of its own: to cancel a caller cancels
-    nobody else's append.
+    """Group commit among tasks of one loop. No caller's task carries a group out: to cancel a caller cancels nobody
+    else's append.
 
     *run* carries out requests in one transaction, and returns an outcome for each. If it raises, each request of the
     group is left to its own caller. ``start(requests, arrived)`` does so without a task, where it can: it returns

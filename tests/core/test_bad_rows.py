@@ -7,9 +7,7 @@ import signal
 import struct
 import subprocess
 import sys
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from uuid import UUID
 
 import pytest
 from hypothesis import given
@@ -18,6 +16,7 @@ from hypothesis import strategies as st
 import plain_python
 from compiled_core import PlainResult, decode_both_ways, expected_of, no_payload
 from event_strategies import events
+from given_rows import BARE_ROW, EMPTY_ROW, EVENT, ROW
 from hindsight_fast._core import (
     EventRows,
     decode_result,
@@ -25,25 +24,7 @@ from hindsight_fast._core import (
 )
 from hindsight_fast.errors import HindsightError, MalformedRow
 from locked_page import BytesBeforeLockedPage
-from plain_python import EVENT_COLUMNS, PlainEvent
-
-EVENT = PlainEvent(
-    transaction_no=812,
-    sequence_no=3,
-    event_id=UUID(int=1 << 100 | 1),
-    stream_id=UUID(int=2 << 100 | 2),
-    stream_version=44,
-    created_at=datetime(2024, 5, 6, 7, 8, 9, 123456, tzinfo=UTC),
-    event_version=2,
-    correlation_id=UUID(int=3 << 100 | 3),
-    event_name="größe",
-    payload=b'{"a": 1}',
-    metadata=b'{"b": 2}',
-)
-BARE = replace(EVENT, correlation_id=None, metadata=None)
-EMPTY = replace(BARE, payload=b"", metadata=b"")
-ROW, BARE_ROW, EMPTY_ROW = (plain_python.encode_row(event) for event in (EVENT, BARE, EMPTY))
-
+from plain_python import EVENT_COLUMNS
 
 # --- Bad rows: always MalformedRow, never another event, never a crash ----------------------------------------------
 

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 import plain_python
 from compiled_core import PlainResult, decode_both_ways, no_payload, rows_of, seen
 from event_strategies import events
+from given_rows import BARE, BARE_ROW, EMPTY, EVENT, ROW
 from hindsight_fast import _core
 from hindsight_fast._core import (
     Cursor,
@@ -31,25 +32,7 @@ from hindsight_fast._core import (
 )
 from hindsight_fast.errors import EventParseError, MalformedRow
 from leaks import kept_bytes
-from plain_python import EVENT_COLUMNS, PlainEvent, PlainNewEvent
-
-EVENT = PlainEvent(
-    transaction_no=812,
-    sequence_no=3,
-    event_id=UUID(int=1 << 100 | 1),
-    stream_id=UUID(int=2 << 100 | 2),
-    stream_version=44,
-    created_at=datetime(2024, 5, 6, 7, 8, 9, 123456, tzinfo=UTC),
-    event_version=2,
-    correlation_id=UUID(int=3 << 100 | 3),
-    event_name="größe",
-    payload=b'{"a": 1}',
-    metadata=b'{"b": 2}',
-)
-BARE = replace(EVENT, correlation_id=None, metadata=None)
-EMPTY = replace(BARE, payload=b"", metadata=b"")
-ROW, BARE_ROW, EMPTY_ROW = (plain_python.encode_row(event) for event in (EVENT, BARE, EMPTY))
-
+from plain_python import EVENT_COLUMNS, PlainNewEvent
 
 # --- Good rows ------------------------------------------------------------------------------------------------------
 
